@@ -1,0 +1,102 @@
+"""Options of an engine and of a server, checked once and frozen.
+
+Knows nothing about devices or models: "auto" values are resolved by engine/setup, which returns a new
+config with every value filled in, so that what runs can be printed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from loraswarm.errors import ConfigError
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What one engine serves and with how much.
+
+    `pool_bytes` is the size of the one pool of K/V and adapter pages; None takes
+    `memory_utilization` of what is available after the weights (on a CPU at most 4 GiB).
+    `max_step_tokens` bounds the tokens of one step: prefill chunks fill what decodes leave.
+    """
+
+    model: str
+    adapters: tuple[str, ...] = ()
+    served_model_name: str | None = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    max_model_len: int | None = None
+    memory_utilization: float = 0.9
+    pool_bytes: int | None = None
+    max_num_sequences: int = 128
+    max_step_tokens: int = 512
+    num_threads: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_choice("dtype", self.dtype, DTYPES)
+        _require_choice("device", self.device, DEVICES)
+        if not self.model:
+            raise ConfigError("model is empty; give a local directory or a hub id")
+        for name in ("max_model_len", "pool_bytes", "num_threads"):
+            value = getattr(self, name)
+            if value is not None:
+                _require_positive(name, value)
+        _require_positive("max_num_sequences", self.max_num_sequences)
+        _require_positive("max_step_tokens", self.max_step_tokens)
+        if not 0.0 < self.memory_utilization <= 1.0:
+            raise ConfigError(
+                f"memory_utilization is {self.memory_utilization}; it must be in (0, 1]"
+            )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Build from keyword options; an unknown key is an error that lists the known ones."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ConfigError(
+                f"unknown option {unknown[0]!r}; known options: {', '.join(sorted(known))}"
+            )
+        return cls(**options)
+
+    @property
+    def model_name(self) -> str:
+        """The id under which the base model is served."""
+        if self.served_model_name:
+            return self.served_model_name
+        return self.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Where and for whom the HTTP server listens. `port=0` takes a free one."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    drain_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}; it must be from 0 to 65535")
+        if self.drain_timeout_s < 0:
+            raise ConfigError(f"drain_timeout_s is {self.drain_timeout_s}; it must be >= 0")
+
+
+def _require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def _require_positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number >= 1")

@@ -1,0 +1,51 @@
+"""What the engine says about a request, step by step.
+
+A request yields any number of `SequenceEvent`s without `finish_reason` and exactly one with it; that
+one is terminal. Knows nothing about text or HTTP. Built by the scheduler, read by server and LLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one token and the most likely tokens at its position, best first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """An exception of the tree in a form that crosses processes."""
+
+    message: str
+    error_type: str
+    http_status: int
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceEvent:
+    """New tokens of one request, and its end when `finish_reason` is set.
+
+    `token_ids` are new since the last event; `logprobs` is parallel to it when asked for.
+    `prompt_logprobs` comes once, with the first event of a request that asked for it; its first
+    item is None because nothing predicts the first token. `stop_token_id` is the stop or end token
+    that ended the sequence (also the last of `token_ids`).
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: ErrorInfo | None = None

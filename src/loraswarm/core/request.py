@@ -1,0 +1,123 @@
+"""What a user asked for: token ids in, limits and sampling choices, the adapter by name.
+
+Knows nothing about text, HTTP or scheduling. Built by server and LLM, read by the engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from loraswarm.errors import InvalidRequest
+
+MAX_TOP_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when generation ends. Names are those of vLLM and OpenAI.
+
+    `max_tokens=None` generates until the model's context is full. `logprobs=n` reports each chosen
+    token's log-probability and the n most likely alternatives, taken from the model's own
+    distribution before penalties, bias and temperature; `prompt_logprobs=n` does so for the prompt.
+    `temperature=0` is greedy. `seed=None` lets the engine draw one.
+
+    Raises    InvalidRequest naming the field, its value and what is allowed.
+    """
+
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_int("max_tokens", self.max_tokens, low=0, optional=True)
+        _require_int("min_tokens", self.min_tokens, low=0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {self.min_tokens} but max_tokens is {self.max_tokens}", "min_tokens"
+            )
+        _require_number("temperature", self.temperature, 0.0, 100.0)
+        _require_int("top_k", self.top_k, low=-1)
+        _require_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _require_number("min_p", self.min_p, 0.0, 1.0)
+        _require_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _require_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _require_number("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
+        _require_int("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS, optional=True)
+        _require_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS, optional=True)
+        _require_int("seed", self.seed, -(2**63), 2**63 - 1, optional=True)
+        for token_id in self.stop_token_ids:
+            _require_int("stop_token_ids", token_id, low=0)
+        for token_id, bias in self.logit_bias.items():
+            _require_int("logit_bias", token_id, low=0)
+            _require_number("logit_bias", bias, -100.0, 100.0)
+        if isinstance(self.stop, str):
+            raise InvalidRequest("stop must be a sequence of strings, not one string", "stop")
+        if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
+            raise InvalidRequest(
+                f"stop takes at most {MAX_STOP_STRINGS} non-empty strings, got {len(self.stop)}",
+                "stop",
+            )
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def uses_penalties(self) -> bool:
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt for one adapter (None: the base model). Identified by `request_id`."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    adapter: str | None = None
+    arrival_s: float = 0.0
+
+
+def _require_int(
+    name: str, value: object, low: int, high: int | None = None, optional: bool = False
+) -> None:
+    if value is None and optional:
+        return
+    allowed = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidRequest(f"{name} is {value!r}; it must be {allowed}", name)
+    if value < low or (high is not None and value > high):
+        raise InvalidRequest(f"{name} is {value}; it must be {allowed}", name)
+
+
+def _require_number(
+    name: str, value: object, low: float, high: float, open_low: bool = False
+) -> None:
+    bracket = "(" if open_low else "["
+    allowed = f"a number in {bracket}{low:g}, {high:g}]"
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise InvalidRequest(f"{name} is {value!r}; it must be {allowed}", name)
+    if value > high or value < low or (open_low and value == low):
+        raise InvalidRequest(f"{name} is {value:g}; it must be {allowed}", name)

@@ -1,0 +1,65 @@
+"""One request while it is being served: its tokens and how far it has come.
+
+Written by the scheduler alone. Knows nothing about pages, tensors or text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from loraswarm.core.events import TokenLogprob
+from loraswarm.core.request import Request
+
+AdapterKey = tuple[str, str]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Prompt and generated tokens of one request.
+
+    `num_computed` tokens have their K and V in pages; preemption sets it back to 0 and keeps the
+    tokens. `seed` is fixed at arrival, so the token drawn at a position depends on nothing else.
+    `max_tokens` is the request's limit, or what the context leaves when the request set none.
+
+        token_ids   | prompt ............... | generated ...... |
+                    | num_computed ->  | next chunk or decode   |
+    """
+
+    request: Request
+    adapter: AdapterKey | None
+    seed: int
+    max_tokens: int
+    end_token_ids: frozenset[int]
+    token_ids: list[int] = field(init=False)
+    num_computed: int = 0
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+        if self.request.params.prompt_logprobs is not None:
+            self.prompt_logprobs.append(None)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt :]
+
+    @property
+    def may_end(self) -> bool:
+        """Whether an end token is allowed as the next one (`min_tokens` is reached)."""
+        return self.num_output >= self.request.params.min_tokens

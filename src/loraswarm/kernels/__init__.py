@@ -1,0 +1,105 @@
+"""Pure functions on tensors, one module per kind of device behind one contract.
+
+`reference` is the definition in plain torch; `cpu` and `triton` must equal it. This module holds the
+index structures the kernels read and the protocol they satisfy; it owns no memory.
+
+Legend: T tokens, S sequences, G segments, N tiles, I in features, O out features, R rank columns,
+Q parts of a fused linear, H query heads, K kv heads, E head size, P pages, C tokens per page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+MAX_TILE_RANKS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TileTable:
+    """Which tiles every segment of a batch runs, at every site.
+
+    A site is `layer * 7 + target`. Segment g covers tokens `segments[g] : segments[g + 1]`; at site
+    m it runs tiles `ranges[m, g, 0] : ranges[m, g, 1]` of the arrays below, none if they are equal.
+    Tile n multiplies by A [ranks[n], I] and adds scale[n] * Bt [ranks[n], O]; both lie contiguous in
+    the pool from element `a_offset[n]` and `bt_offset[n]`.
+
+        pool   ... | A row 0 | A row 1 | ... | ... | Bt row 0 | Bt row 1 | ...
+                   ^ a_offset[n]                   ^ bt_offset[n]
+
+    Shapes    segments [G+1] int32, ascending from 0 to T; ranges [sites, G, 2] int32;
+              a_offset, bt_offset [N] int64; ranks [N] int32, 1..16; scale [N] float32.
+    `max_tiles[m]` is the most tiles any segment runs at site m (a host list, so that kernels need
+    not ask the device).
+    """
+
+    segments: Tensor
+    ranges: Tensor
+    a_offset: Tensor
+    bt_offset: Tensor
+    ranks: Tensor
+    scale: Tensor
+    max_tiles: tuple[int, ...]
+
+    def part_tiles(self, first_site: int, num_parts: int) -> int:
+        """Most tiles of any segment over the parts of one fused linear; 0: nothing to do."""
+        return max(self.max_tiles[first_site : first_site + num_parts])
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWork:
+    """Which tokens attend to which pages.
+
+    Sequence s owns tokens `query_starts[s] : query_starts[s + 1]` of the batch, the last of its
+    `context_lens[s]` tokens (their K and V are already written). Token c of the sequence lies in page
+    `page_table[s, c // C]` at row `c % C`.
+
+    Shapes    query_starts [S+1] int32; context_lens [S] int32; page_table [S, max pages] int32,
+              padded with 0.
+    `max_query_tokens`, `max_context_tokens` are host copies of the maxima.
+    """
+
+    query_starts: Tensor
+    context_lens: Tensor
+    page_table: Tensor
+    max_query_tokens: int
+    max_context_tokens: int
+
+
+class Kernels(Protocol):
+    """What every backend offers. Semantics, shapes and errors: `kernels.reference`."""
+
+    def lora_shrink(
+        self, x_TI: Tensor, pool: Tensor, tiles: TileTable, first_site: int, num_parts: int
+    ) -> Tensor: ...
+
+    def lora_expand_(
+        self,
+        y_TO: Tensor,
+        h_QTR: Tensor,
+        pool: Tensor,
+        tiles: TileTable,
+        first_site: int,
+        out_bounds: tuple[int, ...],
+    ) -> None: ...
+
+    def write_kv_(
+        self, pages: Tensor, layer: int, k_TKE: Tensor, v_TKE: Tensor, slots_T: Tensor
+    ) -> None: ...
+
+    def paged_attention(
+        self,
+        q_THE: Tensor,
+        pages: Tensor,
+        layer: int,
+        work: AttentionWork,
+        scale: float,
+        window: int | None,
+    ) -> Tensor: ...
+
+    def warm_up(self, dtype_name: str, report: Callable[[str], None]) -> None:
+        """Compile every kernel for a dtype; `report` gets one line per stage."""
+        ...

@@ -1,0 +1,202 @@
+"""The kernels in plain torch: slow, obvious, and the definition the fast ones are tested against.
+
+Knows nothing about devices or adapters; called by tests and wherever no faster backend exists.
+Legend: see kernels/__init__.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from loraswarm.kernels import MAX_TILE_RANKS, AttentionWork, TileTable
+
+
+def lora_shrink(
+    x_TI: Tensor, pool: Tensor, tiles: TileTable, first_site: int, num_parts: int
+) -> Tensor:
+    """Project each token onto the ranks of its segment's tiles, for every part of a fused linear.
+
+    Semantics, for token t of segment g, part q and the j-th tile n of g at site first_site + q:
+        h[q, t, 16 j : 16 j + ranks[n]] = A[n] @ x[t]
+    Columns beyond a segment's ranks are undefined; expand does not read them.
+
+    Shapes    x [T, I] f16|bf16|f32; pool [elements] of x's dtype; returns [Q, T, R] float32 with
+              R = 16 * tiles.part_tiles(first_site, num_parts).
+    Numerics  products of the stored values, accumulated in float32 in a fixed order.
+    Raises    ValueError naming the argument, for a wrong dtype, device or shape.
+    Source    Hu et al. 2021 (LoRA); grouping after SGMV in Punica (arXiv 2310.18547).
+    """
+    check_shrink(x_TI, pool, tiles)
+    num_tokens, in_features = x_TI.shape
+    num_columns = MAX_TILE_RANKS * tiles.part_tiles(first_site, num_parts)
+    h_QTR = torch.zeros(num_parts, num_tokens, num_columns, dtype=torch.float32)
+    for part in range(num_parts):
+        for begin, end, tile, column in _segment_tiles(tiles, first_site + part):
+            ranks = int(tiles.ranks[tile])
+            a_RI = _rows(pool, int(tiles.a_offset[tile]), ranks, in_features)
+            h_QTR[part, begin:end, column : column + ranks] = x_TI[begin:end].float() @ a_RI.T
+    return h_QTR
+
+
+def lora_expand_(
+    y_TO: Tensor,
+    h_QTR: Tensor,
+    pool: Tensor,
+    tiles: TileTable,
+    first_site: int,
+    out_bounds: tuple[int, ...],
+) -> None:
+    """Add each token's low-rank update to `y_TO`, in place.
+
+    Semantics, for token t of segment g and part q = columns out_bounds[q] : out_bounds[q + 1] of y:
+        y[t, part q] += sum over the tiles n (the j-th of g at site first_site + q) of
+            scale[n] * (h[q, t, 16 j : 16 j + ranks[n]] @ Bt[n])
+    Tokens of segments without tiles keep their bits.
+
+    Shapes    y [T, O] f16|bf16|f32, written; h [Q, T, R] float32 from `lora_shrink`;
+              pool [elements] of y's dtype; out_bounds has Q + 1 ascending numbers, 0 to O.
+    Numerics  accumulates in float32; one rounding, when y is written.
+    Raises    ValueError naming the argument, for a wrong dtype, device or shape; nothing is written.
+    Source    as `lora_shrink`.
+    """
+    check_expand(y_TO, h_QTR, pool, tiles, out_bounds)
+    for part in range(len(out_bounds) - 1):
+        low, high = out_bounds[part], out_bounds[part + 1]
+        deltas: dict[tuple[int, int], Tensor] = {}
+        for begin, end, tile, column in _segment_tiles(tiles, first_site + part):
+            ranks = int(tiles.ranks[tile])
+            bt_RO = _rows(pool, int(tiles.bt_offset[tile]), ranks, high - low)
+            delta_TO = h_QTR[part, begin:end, column : column + ranks] @ bt_RO
+            delta_TO *= float(tiles.scale[tile])
+            deltas[begin, end] = deltas.get((begin, end), 0.0) + delta_TO
+        for (begin, end), delta_TO in deltas.items():
+            y_part = y_TO[begin:end, low:high]
+            y_part.copy_((y_part.float() + delta_TO).to(y_TO.dtype))
+
+
+def write_kv_(pages: Tensor, layer: int, k_TKE: Tensor, v_TKE: Tensor, slots_T: Tensor) -> None:
+    """Store K and V of each token in its page, in place.
+
+    Semantics    pages[slot // C, layer, 0, :, slot % C, :] = k[t], and index 1 for v.
+    Shapes       pages [P, layers, 2, K, C, E]; k, v [T, K, E] of the same dtype; slots [T] int64.
+    Raises       ValueError naming the argument; nothing is written.
+    """
+    check_write_kv(pages, k_TKE, v_TKE, slots_T)
+    page_tokens = pages.shape[4]
+    page_T, row_T = slots_T // page_tokens, slots_T % page_tokens
+    pages[page_T, layer, 0, :, row_T] = k_TKE
+    pages[page_T, layer, 1, :, row_T] = v_TKE
+
+
+def paged_attention(
+    q_THE: Tensor,
+    pages: Tensor,
+    layer: int,
+    work: AttentionWork,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Causal attention of each token over its sequence's pages; decode and chunked prefill alike.
+
+    Semantics, for the i-th of n new tokens of a sequence with context length c, at p = c - n + i:
+        out = softmax(scale * q . k[j]) v[j]  over  max(0, p - window + 1) <= j <= p
+    without `window`, over 0 <= j <= p. Query head h reads kv head h // (H / K).
+
+    Shapes    q [T, H, E]; pages [P, layers, 2, K, C, E] of q's dtype; returns [T, H, E] of q's dtype.
+    Numerics  scores, softmax and sums in float32; one rounding at the end.
+    Raises    ValueError naming the argument, for a wrong dtype or shape.
+    """
+    check_attention(q_THE, pages, work)
+    out_THE = torch.empty_like(q_THE)
+    group = q_THE.shape[1] // pages.shape[3]
+    starts = work.query_starts.tolist()
+    for sequence, context in enumerate(work.context_lens.tolist()):
+        begin, end = starts[sequence], starts[sequence + 1]
+        num_pages = -(-context // pages.shape[4])
+        page_ids = work.page_table[sequence, :num_pages].long()
+        kv_2KCE = pages[page_ids, layer].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context]
+        k_HCE, v_HCE = kv_2KCE.float().repeat_interleave(group, dim=1)
+        q_HTE = q_THE[begin:end].float().transpose(0, 1)
+        scores_HTC = scale * (q_HTE @ k_HCE.transpose(1, 2))
+        position_T1 = torch.arange(context - (end - begin), context)[:, None]
+        key_1C = torch.arange(context)[None]
+        hidden_TC = key_1C > position_T1
+        if window is not None:
+            hidden_TC |= key_1C <= position_T1 - window
+        scores_HTC.masked_fill_(hidden_TC, float("-inf"))
+        out_HTE = scores_HTC.softmax(dim=-1) @ v_HCE
+        out_THE[begin:end] = out_HTE.transpose(0, 1).to(q_THE.dtype)
+    return out_THE
+
+
+def warm_up(dtype_name: str, report: Callable[[str], None]) -> None:
+    """Nothing to compile."""
+
+
+def check_shrink(x_TI: Tensor, pool: Tensor, tiles: TileTable) -> None:
+    """Raise ValueError if the arguments of `lora_shrink` disagree."""
+    _require(x_TI.dim() == 2 and x_TI.is_contiguous(), "x_TI must be a contiguous [T, I] tensor")
+    _require(pool.dim() == 1 and pool.is_contiguous(), "pool must be a contiguous flat tensor")
+    _require(pool.dtype == x_TI.dtype, f"pool is {pool.dtype}, x_TI is {x_TI.dtype}")
+    _require(
+        tiles.segments.numel() == tiles.ranges.shape[1] + 1,
+        "tiles.ranges has another number of segments than tiles.segments",
+    )
+
+
+def check_expand(
+    y_TO: Tensor, h_QTR: Tensor, pool: Tensor, tiles: TileTable, out_bounds: tuple[int, ...]
+) -> None:
+    """Raise ValueError if the arguments of `lora_expand_` disagree."""
+    _require(y_TO.dim() == 2 and y_TO.stride(1) == 1, "y_TO must be [T, O] with contiguous rows")
+    _require(h_QTR.dtype == torch.float32, "h_QTR must be float32")
+    _require(pool.dtype == y_TO.dtype, f"pool is {pool.dtype}, y_TO is {y_TO.dtype}")
+    _require(h_QTR.shape[1] == y_TO.shape[0], "h_QTR and y_TO have different numbers of tokens")
+    _require(
+        h_QTR.shape[0] == len(out_bounds) - 1 and out_bounds[-1] == y_TO.shape[1],
+        f"out_bounds {out_bounds} does not cover y_TO {tuple(y_TO.shape)}",
+    )
+
+
+def check_write_kv(pages: Tensor, k_TKE: Tensor, v_TKE: Tensor, slots_T: Tensor) -> None:
+    """Raise ValueError if the arguments of `write_kv_` disagree."""
+    _require(pages.dim() == 6, "pages must be [P, layers, 2, K, C, E]")
+    _require(k_TKE.shape == v_TKE.shape, "k_TKE and v_TKE differ in shape")
+    _require(
+        k_TKE.shape[1:] == (pages.shape[3], pages.shape[5]), "k_TKE does not match pages' K and E"
+    )
+    _require(k_TKE.dtype == v_TKE.dtype == pages.dtype, "k_TKE, v_TKE and pages differ in dtype")
+    _require(slots_T.shape == k_TKE.shape[:1], "slots_T must have one slot per token")
+
+
+def check_attention(q_THE: Tensor, pages: Tensor, work: AttentionWork) -> None:
+    """Raise ValueError if the arguments of `paged_attention` disagree."""
+    _require(pages.dim() == 6, "pages must be [P, layers, 2, K, C, E]")
+    _require(q_THE.dim() == 3 and q_THE.shape[2] == pages.shape[5], "q_THE has another head size")
+    _require(q_THE.shape[1] % pages.shape[3] == 0, "query heads are not a multiple of kv heads")
+    _require(q_THE.dtype == pages.dtype, f"q_THE is {q_THE.dtype}, pages are {pages.dtype}")
+    _require(
+        work.query_starts.numel() == work.context_lens.numel() + 1,
+        "work.query_starts must have one more entry than work.context_lens",
+    )
+
+
+def _segment_tiles(tiles: TileTable, site: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first token, end token, tile, first column of h) of every tile that runs at `site`."""
+    segments = tiles.segments.tolist()
+    for segment, (first, last) in enumerate(tiles.ranges[site].tolist()):
+        for tile in range(first, last):
+            column = MAX_TILE_RANKS * (tile - first)
+            yield segments[segment], segments[segment + 1], tile, column
+
+
+def _rows(pool: Tensor, offset: int, num_rows: int, width: int) -> Tensor:
+    return pool[offset : offset + num_rows * width].view(num_rows, width).float()
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
