@@ -1,7 +1,7 @@
 """Options of an engine and of a server, checked once and frozen.
 
-Knows nothing about devices or models: "auto" values are resolved by engine/setup, which returns a new
-config with every value filled in, so that what runs can be printed.
+Knows nothing about devices or models: "auto" values are resolved by engine/setup, which returns a
+new config with every value filled in, so that what runs can be printed.
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ class OutOfPages(LoRASwarmError):
 
     def __init__(self, num_needed: int, num_free: int, largest_owners: str) -> None:
         super().__init__(
-            f"{num_needed} pages needed, {num_free} free; largest owners: {largest_owners or 'none'}"
+            f"{num_needed} pages needed, {num_free} free; "
+            f"largest owners: {largest_owners or 'none'}"
         )
         self.num_needed = num_needed
         self.num_free = num_free

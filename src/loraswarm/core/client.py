@@ -31,6 +31,7 @@ class EngineInfo:
     model_path: str
     max_model_len: int
     vocab_size: int
+    end_token_ids: tuple[int, ...]
     num_pages: int
     page_bytes: int
     page_tokens: int

@@ -1,7 +1,8 @@
 """What the engine says about a request, step by step.
 
-A request yields any number of `SequenceEvent`s without `finish_reason` and exactly one with it; that
-one is terminal. Knows nothing about text or HTTP. Built by the scheduler, read by server and LLM.
+A request yields any number of `SequenceEvent`s without `finish_reason` and exactly one with it;
+that one is terminal. Knows nothing about text or HTTP. Built by the scheduler, read by server and
+LLM.
 """
 
 from __future__ import annotations

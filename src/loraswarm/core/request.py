@@ -100,6 +100,22 @@ class Request:
     arrival_s: float = 0.0
 
 
+def check_context(num_prompt: int, max_tokens: int | None, max_model_len: int) -> None:
+    """Raise InvalidRequest, with both numbers, if prompt and answer exceed the model's context."""
+    if num_prompt > max_model_len or (num_prompt == max_model_len and max_tokens != 0):
+        raise InvalidRequest(
+            f"prompt has {num_prompt:,} tokens; this model allows {max_model_len:,} "
+            "for prompt and answer together (--max-model-len)",
+            "prompt",
+        )
+    if max_tokens is not None and num_prompt + max_tokens > max_model_len:
+        raise InvalidRequest(
+            f"prompt has {num_prompt:,} tokens and max_tokens is {max_tokens:,}; this model allows "
+            f"{max_model_len:,} in all (--max-model-len)",
+            "max_tokens",
+        )
+
+
 def _require_int(
     name: str, value: object, low: int, high: int | None = None, optional: bool = False
 ) -> None:

@@ -35,7 +35,7 @@ class PageGeometry:
 
 
 def page_geometry(shape: BaseShape, element_bytes: int) -> PageGeometry:
-    """The smallest power of two >= 16 tokens whose page holds a 16-rank tile of the widest target."""
+    """The smallest power of two >= 16 tokens whose page holds a full tile of the widest target."""
     tile_elements = TILE_RANKS * shape.widest()
     page_tokens = MIN_PAGE_TOKENS
     while page_tokens * shape.kv_elements_per_token() < tile_elements:

@@ -16,6 +16,10 @@ class KVCache:
         self._pool = pool
         self._geometry = geometry
 
+    @property
+    def page_tokens(self) -> int:
+        return self._geometry.page_tokens
+
     def num_missing_pages(self, request_id: str, num_tokens: int) -> int:
         """Pages the sequence still needs to hold `num_tokens` tokens."""
         held = len(self.pages_of(request_id))

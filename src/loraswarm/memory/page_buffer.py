@@ -33,9 +33,7 @@ class PageBuffer:
     ) -> None:
         assert geometry.element_bytes == dtype.itemsize
         self.geometry = geometry
-        self._bytes = torch.empty(
-            num_pages * geometry.page_bytes, dtype=torch.uint8, device=device
-        )
+        self._bytes = torch.empty(num_pages * geometry.page_bytes, dtype=torch.uint8, device=device)
         self.pool: Tensor = self._bytes.view(dtype)
         self.pages: Tensor = self.pool.view(
             num_pages,

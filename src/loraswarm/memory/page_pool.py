@@ -40,8 +40,8 @@ class PagePool:
         Pages are not cleared and belong to `owner`, after those it already has, until `free`.
         Cost     O(num_pages), host only; never waits for the device.
         Raises   OutOfPages: the pool is unchanged, so the caller can evict and retry.
-        Source   one pool for KV and adapter weights: S-LoRA (Sheng et al. 2023), unified paging; here
-                 pages are bytes, because adapter rows and KV rows differ in width when K < H.
+        Source   one pool for KV and adapter weights: S-LoRA (Sheng et al. 2023), unified paging;
+                 here pages are bytes: adapter rows and KV rows differ in width when K < H.
         """
         assert num_pages >= 0
         if num_pages > len(self._free):

@@ -89,8 +89,8 @@ class TileStore:
     def table(self, segments: Sequence[Segment]) -> TileTable | None:
         """The tile table of a batch whose token runs belong to these adapters, in order.
 
-        None if no segment has an adapter. Adapters must be loaded; a batch with the same adapters in
-        the same order as the last one reuses its arrays.
+        None if no segment has an adapter. Adapters must be loaded; a batch with the same adapters
+        in the same order as the last one reuses its arrays.
         """
         keys = tuple(key for key, _ in segments)
         if all(key is None for key in keys):

@@ -1,0 +1,1 @@
+"""LoRASwarm: many LoRA adapters on one base model."""

@@ -1,0 +1,138 @@
+"""The loop: plan a step, load adapters, run the model, draw tokens, commit.
+
+Accepts and aborts requests, resolves adapter names, and turns everything that happens into events.
+Built by engine/setup; driven by LLM in this process or by engine/child in its own.
+"""
+
+from __future__ import annotations
+
+import random
+
+from loraswarm.adapters.adapter import AdapterInfo
+from loraswarm.adapters.catalog import Catalog
+from loraswarm.core.client import EngineInfo, EngineStats
+from loraswarm.core.events import SequenceEvent
+from loraswarm.core.request import Request, check_context
+from loraswarm.core.sequence import Sequence
+from loraswarm.engine.model_runner import ModelRunner
+from loraswarm.engine.results import chunk_results
+from loraswarm.engine.scheduler import Scheduler
+from loraswarm.errors import InvalidRequest
+from loraswarm.memory.memory import Memory
+
+
+class Engine:
+    """One base model, one page pool, any number of adapters; one thread drives it."""
+
+    def __init__(
+        self,
+        info: EngineInfo,
+        catalog: Catalog,
+        runner: ModelRunner,
+        memory: Memory,
+        scheduler: Scheduler,
+        seed: int | None,
+    ) -> None:
+        self.info = info
+        self._catalog = catalog
+        self._runner = runner
+        self._memory = memory
+        self._scheduler = scheduler
+        self._random = random.Random(seed)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises   InvalidRequest, UnknownAdapter or AdapterError at once if it can never be served;
+                 nothing else is touched.
+        """
+        adapter = self._catalog.resolve(request.adapter) if request.adapter is not None else None
+        max_tokens = self._check_lengths(request, adapter)
+        _check_token_ids(request, self.info.vocab_size)
+        params = request.params
+        ends = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= frozenset(self.info.end_token_ids)
+        sequence = Sequence(
+            request=request,
+            adapter=adapter.key if adapter else None,
+            seed=params.seed if params.seed is not None else self._random.getrandbits(64),
+            max_tokens=max_tokens,
+            end_token_ids=frozenset(ends),
+        )
+        self._scheduler.add(sequence, adapter)
+
+    def abort(self, request_id: str) -> SequenceEvent | None:
+        """End a request; returns its terminal event, or None if it has already ended."""
+        return self._scheduler.abort(request_id)
+
+    def abort_all(self) -> list[SequenceEvent]:
+        """End every request."""
+        return self._scheduler.abort_all()
+
+    def step(self) -> list[SequenceEvent]:
+        """Advance every scheduled request by one chunk or token; returns what happened."""
+        step = self._scheduler.plan()
+        events: list[SequenceEvent] = []
+        failures = self._runner.load(step)
+        if failures:
+            step, events = self._scheduler.fail_adapters(step, failures)
+        if not step.chunks:
+            return events
+        prepared = self._runner.prepare(step, self._memory.kv_cache)
+        logits_ZV = self._runner.run(prepared)
+        return events + self._scheduler.commit(step, chunk_results(logits_ZV, prepared.rows))
+
+    def stats(self) -> EngineStats:
+        """Counts of requests, pages and adapters at this moment."""
+        return EngineStats(
+            num_waiting=self._scheduler.num_waiting,
+            num_running=self._scheduler.num_running,
+            num_free_pages=self._memory.pool.num_free,
+            num_kv_pages=self._memory.pool.num_owned("kv"),
+            num_adapter_pages=self._memory.pool.num_owned("adapter"),
+            num_pinned_adapters=self._memory.adapters.num_pinned,
+            num_resident_adapters=self._memory.adapters.num_resident,
+        )
+
+    def check(self) -> None:
+        """Assert the invariants of pool, caches and queues (cheap; for tests and idle moments)."""
+        self._scheduler.check()
+
+    def _check_lengths(self, request: Request, adapter: AdapterInfo | None) -> int:
+        """The most tokens the request may generate; raises if it can never fit."""
+        num_prompt = len(request.prompt_token_ids)
+        max_len = self.info.max_model_len
+        pool_len = self._scheduler.max_sequence_tokens(adapter)
+        if num_prompt == 0:
+            raise InvalidRequest("prompt is empty; it must have at least one token", "prompt")
+        check_context(num_prompt, request.params.max_tokens, max_len)
+        total = num_prompt + (request.params.max_tokens or 0)
+        if total > pool_len or num_prompt >= pool_len:
+            beside = f" beside adapter {adapter.name!r}" if adapter else ""
+            raise InvalidRequest(
+                f"prompt ({num_prompt:,} tokens) and max_tokens ({total - num_prompt:,}) need "
+                f"{total:,} tokens of K/V; the page pool holds {pool_len:,}{beside} (--pool-bytes)",
+                "prompt",
+            )
+        if request.params.max_tokens is not None:
+            return request.params.max_tokens
+        return min(max_len, pool_len) - num_prompt
+
+
+def _check_token_ids(request: Request, vocab_size: int) -> None:
+    params = request.params
+    for name, ids in (
+        ("prompt", request.prompt_token_ids),
+        ("stop_token_ids", params.stop_token_ids),
+        ("logit_bias", params.logit_bias),
+    ):
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequest(
+                    f"{name} has token id {token_id}; the vocabulary has {vocab_size:,}", name
+                )

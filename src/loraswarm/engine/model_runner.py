@@ -1,0 +1,61 @@
+"""Owns the base model and the bytes of the page pool; writes adapters into pages, runs batches.
+
+Does not know queues or requests: it is told what to load and what to run. Called by the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from loraswarm.adapters.adapter import Adapter, AdapterInfo
+from loraswarm.core.events import ErrorInfo
+from loraswarm.core.sequence import AdapterKey
+from loraswarm.engine.prepare import PreparedBatch, prepare
+from loraswarm.engine.step import Step
+from loraswarm.errors import LoRASwarmError
+from loraswarm.memory.kv_cache import KVCache
+from loraswarm.memory.page_buffer import PageBuffer
+from loraswarm.memory.tile_store import TileStore
+from loraswarm.models.decoder import Decoder
+
+AdapterReader = Callable[[AdapterInfo, torch.dtype], Adapter]
+
+
+class ModelRunner:
+    """The base model, the page buffer and the tiles in it, on one device."""
+
+    def __init__(
+        self, decoder: Decoder, buffer: PageBuffer, tiles: TileStore, read_adapter: AdapterReader
+    ) -> None:
+        self._decoder = decoder
+        self._buffer = buffer
+        self._tiles = tiles
+        self._read_adapter = read_adapter
+
+    def load(self, step: Step) -> dict[AdapterKey, ErrorInfo]:
+        """Carry out the step's evictions and loads; returns the loads that failed, with why."""
+        for key in step.evicted:
+            self._tiles.drop(key)
+        failures: dict[AdapterKey, ErrorInfo] = {}
+        for load in step.loads:
+            try:
+                adapter = self._read_adapter(load.info, self._buffer.pool.dtype)
+            except LoRASwarmError as error:
+                failures[load.info.key] = ErrorInfo(
+                    f"adapter {load.info.name!r}: {error}", error.error_type, error.http_status
+                )
+                continue
+            self._tiles.load(load, adapter)
+        return failures
+
+    def prepare(self, step: Step, kv_cache: KVCache) -> PreparedBatch:
+        """The tensors of the step's forward pass."""
+        return prepare(step.chunks, kv_cache, self._buffer, self._tiles)
+
+    @torch.inference_mode()
+    def run(self, prepared: PreparedBatch) -> Tensor:
+        """Logits [Z, V] float32 of the batch's logit rows; its tokens' K and V are now in pages."""
+        return self._decoder.forward(prepared.batch)

@@ -1,0 +1,149 @@
+"""Turns a Step into a Batch: gathers token ids, positions, page tables and logit rows as tensors.
+
+Orders chunks so that those of one adapter are adjacent (a segment of the tile table). Called by the
+engine between plan and run; changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraswarm.core.sequence import AdapterKey, Sequence
+from loraswarm.engine.step import ScheduledChunk
+from loraswarm.kernels import AttentionWork
+from loraswarm.memory.kv_cache import KVCache
+from loraswarm.memory.page_buffer import PageBuffer
+from loraswarm.memory.tile_store import TileStore
+from loraswarm.models.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class LogitRows:
+    """Which logits of the batch belong to a chunk.
+
+    `sample_row` is the row its new token is drawn from (None: none); prompt token
+    `first_prompt_position + i` is predicted by row `prompt_rows[i]`.
+    """
+
+    chunk: ScheduledChunk
+    sample_row: int | None
+    prompt_rows: range
+    first_prompt_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedBatch:
+    """A batch and, in the same order as the step's chunks, where each chunk's logits are."""
+
+    batch: Batch
+    rows: tuple[LogitRows, ...]
+
+
+def prepare(
+    chunks: tuple[ScheduledChunk, ...], kv_cache: KVCache, buffer: PageBuffer, tiles: TileStore
+) -> PreparedBatch:
+    """Build the tensors of one forward pass. Chunks' pages must be reserved, adapters loaded."""
+    order = sorted(range(len(chunks)), key=lambda index: _sort_key(chunks[index]))
+    ordered = [chunks[index] for index in order]
+    token_ids, positions = _tokens_and_positions(ordered)
+    page_table = _page_table(ordered, kv_cache)
+    counts = np.array([chunk.num_tokens for chunk in ordered])
+    page_tokens = kv_cache.page_tokens
+    pages = page_table[np.repeat(np.arange(len(ordered)), counts), positions // page_tokens]
+    rows, logit_rows = _logit_rows(ordered)
+    device = buffer.pool.device
+    batch = Batch(
+        token_ids=_tensor(token_ids, device),
+        positions=_tensor(positions, device),
+        slots=_tensor(pages.astype(np.int64) * page_tokens + positions % page_tokens, device),
+        logit_rows=_tensor(np.array(logit_rows, dtype=np.int64), device),
+        attention=_attention_work(ordered, counts, page_table, device),
+        tiles=tiles.table(_segments(ordered)),
+        pages=buffer.pages,
+        pool=buffer.pool,
+    )
+    place = {index: rank for rank, index in enumerate(order)}
+    return PreparedBatch(batch, tuple(rows[place[index]] for index in range(len(chunks))))
+
+
+def _sort_key(chunk: ScheduledChunk) -> AdapterKey:
+    return chunk.sequence.adapter or ("", "")
+
+
+def _segments(chunks: list[ScheduledChunk]) -> list[tuple[AdapterKey | None, int]]:
+    return [
+        (adapter, sum(chunk.num_tokens for chunk in group))
+        for adapter, group in groupby(chunks, key=lambda chunk: chunk.sequence.adapter)
+    ]
+
+
+def _tokens_and_positions(chunks: list[ScheduledChunk]) -> tuple[np.ndarray, np.ndarray]:
+    token_ids: list[int] = []
+    positions = []
+    for chunk in chunks:
+        begin = chunk.sequence.num_computed
+        token_ids += chunk.sequence.token_ids[begin : begin + chunk.num_tokens]
+        positions.append(np.arange(begin, begin + chunk.num_tokens))
+    return np.array(token_ids, dtype=np.int64), np.concatenate(positions)
+
+
+def _page_table(chunks: list[ScheduledChunk], kv_cache: KVCache) -> np.ndarray:
+    lists = [kv_cache.pages_of(chunk.sequence.request_id) for chunk in chunks]
+    table = np.zeros((len(lists), max(len(pages) for pages in lists)), dtype=np.int32)
+    for row, pages in enumerate(lists):
+        table[row, : len(pages)] = pages
+    return table
+
+
+def _attention_work(
+    chunks: list[ScheduledChunk], counts: np.ndarray, page_table: np.ndarray, device: torch.device
+) -> AttentionWork:
+    starts = np.zeros(len(chunks) + 1, dtype=np.int32)
+    np.cumsum(counts, out=starts[1:])
+    contexts = np.array(
+        [chunk.sequence.num_computed + chunk.num_tokens for chunk in chunks], dtype=np.int32
+    )
+    return AttentionWork(
+        query_starts=_tensor(starts, device),
+        context_lens=_tensor(contexts, device),
+        page_table=_tensor(page_table, device),
+        max_query_tokens=int(counts.max()),
+        max_context_tokens=int(contexts.max()),
+    )
+
+
+def _logit_rows(chunks: list[ScheduledChunk]) -> tuple[list[LogitRows], list[int]]:
+    """Where each chunk's logits come out, and the batch tokens whose logits are wanted."""
+    rows: list[LogitRows] = []
+    wanted: list[int] = []
+    first_token = 0
+    for chunk in chunks:
+        positions = _prompt_positions(chunk.sequence, chunk.num_tokens)
+        begin = len(wanted)
+        offset = first_token - chunk.sequence.num_computed - 1
+        wanted += [offset + position for position in positions]
+        prompt_rows = range(begin, len(wanted))
+        sample_row = None
+        if chunk.samples:
+            sample_row = len(wanted)
+            wanted.append(first_token + chunk.num_tokens - 1)
+        rows.append(LogitRows(chunk, sample_row, prompt_rows, positions.start))
+        first_token += chunk.num_tokens
+    return rows, wanted
+
+
+def _prompt_positions(sequence: Sequence, num_tokens: int) -> range:
+    """Prompt tokens that the chunk's tokens predict and whose log-probability is still wanted."""
+    if sequence.request.params.prompt_logprobs is None:
+        return range(0)
+    begin = max(sequence.num_computed + 1, len(sequence.prompt_logprobs))
+    return range(begin, min(sequence.num_computed + num_tokens + 1, sequence.num_prompt))
+
+
+def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device)

@@ -1,0 +1,53 @@
+"""The plan of one iteration and what came out of it. Plain data, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loraswarm.core.events import TokenLogprob
+from loraswarm.core.sequence import AdapterKey, Sequence
+from loraswarm.memory.adapter_cache import AdapterLoad
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """The next `num_tokens` uncomputed tokens of a sequence."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the chunk reaches the last known token, so that a new one is drawn."""
+        return self.num_tokens == self.sequence.num_uncomputed and self.sequence.max_tokens > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one iteration computes.
+
+    `evicted` adapters are gone from their pages; then `loads` are written; then `chunks` run.
+    """
+
+    chunks: tuple[ScheduledChunk, ...]
+    loads: tuple[AdapterLoad, ...] = ()
+    evicted: tuple[AdapterKey, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    """What the model said about one chunk.
+
+    `token_id` is the token drawn, None if the chunk does not sample; `prompt_logprobs` are those of
+    the prompt tokens that follow the chunk's tokens, when asked for. `failed` means that the logits
+    were not finite.
+    """
+
+    token_id: int | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    failed: bool = False
