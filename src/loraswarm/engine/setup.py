@@ -95,9 +95,7 @@ def _resolve(config: EngineConfig, checkpoint: str) -> EngineConfig:
     )
 
 
-def _size_pool(
-    config: EngineConfig, geometry: PageGeometry, model: DecoderConfig
-) -> EngineConfig:
+def _size_pool(config: EngineConfig, geometry: PageGeometry, model: DecoderConfig) -> EngineConfig:
     """Fill in the pool's bytes and the context length; both must be possible together."""
     pool_bytes = config.pool_bytes
     if pool_bytes is None:

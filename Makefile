@@ -1,0 +1,49 @@
+# Every target works on a fresh clone with python3 and pip: what it needs is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint check format train-demo bench clean
+
+demo: .venv/.demo            ## serve the bundled swarm, send one mixed batch, print the answers
+	$(BIN)/loraswarm demo
+
+test: .venv/.dev             ## the whole test suite, on the CPU, without network
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.dev             ## ruff, formatting, mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint                  ## linters, then the tests with coverage
+	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train-demo: .venv/.train     ## train the demo's base model and adapters anew (about half an hour)
+	$(BIN)/python -m loraswarm.demo.train --out src/loraswarm/demo
+
+bench: .venv/.dev            ## decode throughput, base and 32 adapters
+	$(BIN)/python benchmarks/decode.py
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .coverage
+
+.venv/.python:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.demo: .venv/.python pyproject.toml constraints.txt
+	$(INSTALL) -e ".[demo]"
+	touch $@
+
+.venv/.dev: .venv/.python pyproject.toml constraints.txt
+	$(INSTALL) -e ".[dev,demo,train]"
+	touch $@
+
+.venv/.train: .venv/.python pyproject.toml constraints.txt
+	$(INSTALL) -e ".[train]"
+	touch $@

@@ -1,0 +1,144 @@
+"""An engine in a process of its own: takes commands from one socket, sends events on another.
+
+Run as `python -m loraswarm.engine.child DIRECTORY` by engine/child_client, which holds the other
+ends. Exits when told to, or when the parent's end of standard input closes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+import zmq
+
+from loraswarm.core.events import ErrorInfo, SequenceEvent
+from loraswarm.core.request import Request
+from loraswarm.engine.engine import Engine
+from loraswarm.engine.messages import (
+    Abort,
+    AskStats,
+    Command,
+    Events,
+    Failed,
+    Progress,
+    Ready,
+    Reply,
+    Start,
+    StatsReply,
+    Stop,
+    Submit,
+    commands_address,
+    decode_command,
+    encode,
+    replies_address,
+)
+from loraswarm.engine.setup import build_engine
+from loraswarm.errors import EngineError, InvalidRequest, LoRASwarmError
+
+IDLE_POLL_MS = 1000
+log = logging.getLogger(__name__)
+
+
+class ParentGone(Exception):
+    """The process that started this engine has ended or asked it to stop."""
+
+
+class ChildEngine:
+    """Joins one engine to its sockets; `run` is the life of the process."""
+
+    def __init__(self, directory: Path) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._commands = context.socket(zmq.PULL)
+        self._replies = context.socket(zmq.PUSH)
+        self._commands.connect(commands_address(directory))
+        self._replies.connect(replies_address(directory))
+        self._replies.setsockopt(zmq.SNDHWM, 0)
+        self._replies.setsockopt(zmq.LINGER, 1000)
+        self._poller = zmq.Poller()
+        self._poller.register(self._commands, zmq.POLLIN)
+        self._poller.register(sys.stdin.fileno(), zmq.POLLIN)
+
+    def run(self) -> int:
+        """Start, serve until told to stop; returns the exit code."""
+        try:
+            command = self._receive(wait=True)
+            assert isinstance(command, Start), command
+            engine = build_engine(command.config, lambda line: self._send(Progress(line)))
+            self._send(Ready(engine.info))
+            self._serve(engine)
+        except ParentGone:
+            return 0
+        except LoRASwarmError as error:
+            self._send(Failed(_error_info(error)))
+            return 1
+        except Exception as error:
+            traceback.print_exc()
+            self._send(Failed(_error_info(EngineError(f"engine failed: {error!r}"))))
+            return 1
+
+    def _serve(self, engine: Engine) -> NoReturn:
+        while True:
+            while command := self._receive(wait=not engine.has_work):
+                self._handle(engine, command)
+            if engine.has_work and (events := engine.step()):
+                self._send(Events(events))
+
+    def _handle(self, engine: Engine, command: Command) -> None:
+        if isinstance(command, Submit):
+            if rejection := _try_add(engine, command.request):
+                self._send(Events([rejection]))
+        elif isinstance(command, Abort):
+            if ended := engine.abort(command.request_id):
+                self._send(Events([ended]))
+        elif isinstance(command, AskStats):
+            engine.check()
+            self._send(StatsReply(engine.stats()))
+        elif isinstance(command, Stop):
+            self._send(Events(engine.abort_all()))
+            raise ParentGone
+        else:
+            raise AssertionError(f"unexpected command {command}")
+
+    def _receive(self, wait: bool) -> Command | None:
+        """The next command; None if there is none (or none came while waiting)."""
+        ready = dict(self._poller.poll(IDLE_POLL_MS if wait else 0))
+        if sys.stdin.fileno() in ready and not os.read(sys.stdin.fileno(), 1024):
+            raise ParentGone
+        if self._commands in ready:
+            return decode_command(self._commands.recv())
+        return self._receive(wait) if wait else None
+
+    def _send(self, reply: Reply) -> None:
+        self._replies.send(encode(reply))
+
+
+def _try_add(engine: Engine, request: Request) -> SequenceEvent | None:
+    """Queue the request; its terminal event if it is refused."""
+    try:
+        engine.add(request)
+    except LoRASwarmError as error:
+        return SequenceEvent(
+            request_id=request.request_id, finish_reason="error", error=_error_info(error)
+        )
+    return None
+
+
+def _error_info(error: LoRASwarmError) -> ErrorInfo:
+    param = error.param if isinstance(error, InvalidRequest) else None
+    return ErrorInfo(str(error), error.error_type, error.http_status, param)
+
+
+def main() -> None:
+    """Entry point of the process."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    sys.exit(ChildEngine(Path(sys.argv[1])).run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""The server's side of an engine that runs in a child process.
+
+Starts the process, sends commands, hands each request its events, and notices when the process
+dies: every open request then gets a terminal error event. Implements core.client.EngineClient.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from loraswarm.config import EngineConfig
+from loraswarm.core.client import EngineInfo, EngineStats
+from loraswarm.core.events import ErrorInfo, SequenceEvent
+from loraswarm.core.request import Request
+from loraswarm.engine.messages import (
+    Abort,
+    AskStats,
+    Command,
+    Events,
+    Failed,
+    Progress,
+    Ready,
+    Start,
+    StatsReply,
+    Stop,
+    Submit,
+    commands_address,
+    decode_reply,
+    encode,
+    replies_address,
+)
+from loraswarm.errors import ConfigError, EngineError, LoRASwarmError
+
+STOP_TIMEOUT_S = 10.0
+Report = Callable[[str], None]
+log = logging.getLogger(__name__)
+
+
+class ChildEngineClient:
+    """One engine process; made by `start`, ended by `close` or by the process's death."""
+
+    def __init__(self, directory: Path, process: asyncio.subprocess.Process) -> None:
+        self._directory = directory
+        self._process = process
+        self._context = zmq.Context()
+        self._commands = self._context.socket(zmq.PUSH)
+        self._commands.setsockopt(zmq.SNDHWM, 0)
+        self._commands.setsockopt(zmq.LINGER, 0)
+        self._commands.bind(commands_address(directory))
+        self._replies = zmq.asyncio.Context(self._context).socket(zmq.PULL)
+        self._replies.bind(replies_address(directory))
+        self._info: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
+        self._queues: dict[str, asyncio.Queue[SequenceEvent]] = {}
+        self._stats: list[asyncio.Future[EngineStats]] = []
+        self._closed = asyncio.Event()
+        self._failure: ErrorInfo | None = None
+        self._report: Report = log.info
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+
+    @classmethod
+    async def start(cls, config: EngineConfig, report: Report = log.info) -> ChildEngineClient:
+        """Start the process and wait until it serves; `report` gets its start-up lines.
+
+        Raises   ConfigError or EngineError if it could not start.
+        """
+        directory = Path(tempfile.mkdtemp(prefix="loraswarm-"))
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "loraswarm.engine.child",
+            str(directory),
+            stdin=asyncio.subprocess.PIPE,
+        )
+        client = cls(directory, process)
+        client._report = report
+        client._send(Start(config))
+        try:
+            await client._info
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info.result()
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._closed.is_set()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def generate(self, request: Request) -> AsyncIterator[SequenceEvent]:
+        """Submit and yield events until the terminal one; closing early aborts the request."""
+        if request.request_id in self._queues:
+            raise ValueError(f"request id {request.request_id!r} is already in use")
+        queue: asyncio.Queue[SequenceEvent] = asyncio.Queue()
+        self._queues[request.request_id] = queue
+        ended = False
+        try:
+            if self.is_alive:
+                self._send(Submit(request))
+            else:
+                queue.put_nowait(self._death_event(request.request_id))
+            while not ended:
+                event = await queue.get()
+                ended = event.finish_reason is not None
+                yield event
+        finally:
+            del self._queues[request.request_id]
+            if not ended and self.is_alive:
+                self._send(Abort(request.request_id))
+
+    async def stats(self) -> EngineStats:
+        """Counts at the engine's next free moment. Raises EngineError if it is gone."""
+        if not self.is_alive:
+            raise EngineError(self._death().message)
+        future: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
+        self._stats.append(future)
+        self._send(AskStats())
+        return await future
+
+    async def wait_closed(self) -> None:
+        await self._closed.wait()
+
+    async def close(self) -> None:
+        """Stop the process (killed if it does not end in time) and remove its sockets."""
+        if self._process.returncode is None:
+            self._send(Stop())
+            try:
+                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+            except TimeoutError:
+                log.warning("engine pid=%d did not stop; killing it", self._process.pid)
+                self._process.kill()
+        await self._closed.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if not self._context.closed:
+            self._replies.close(linger=0)
+            self._commands.close(linger=0)
+            self._context.term()
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _send(self, command: Command) -> None:
+        self._commands.send(encode(command), zmq.NOBLOCK)
+
+    async def _read(self) -> None:
+        """Hand every reply to whom it concerns."""
+        while True:
+            reply = decode_reply(await self._replies.recv())
+            if isinstance(reply, Events):
+                for event in reply.events:
+                    if queue := self._queues.get(event.request_id):
+                        queue.put_nowait(event)
+            elif isinstance(reply, StatsReply):
+                self._stats.pop(0).set_result(reply.stats)
+            elif isinstance(reply, Progress):
+                self._report(reply.line)
+            elif isinstance(reply, Ready):
+                self._info.set_result(reply.info)
+            elif isinstance(reply, Failed):
+                self._failure = reply.error
+
+    async def _watch(self) -> None:
+        """When the process ends, end everything that waits for it."""
+        await self._process.wait()
+        await asyncio.sleep(0.1)  # what it sent last may still be in the socket
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._closed.set()
+        if not self._info.done():
+            self._info.set_exception(self._start_error())
+        for request_id, queue in self._queues.items():
+            queue.put_nowait(self._death_event(request_id))
+        for future in self._stats:
+            if not future.done():
+                future.set_exception(EngineError(self._death().message))
+
+    def _start_error(self) -> LoRASwarmError:
+        failure = self._death()
+        kind = ConfigError if failure.error_type == ConfigError.error_type else EngineError
+        return kind(failure.message)
+
+    def _death(self) -> ErrorInfo:
+        if self._failure is not None:
+            return self._failure
+        return ErrorInfo(
+            f"the engine process has ended (exit code {self._process.returncode})",
+            EngineError.error_type,
+            EngineError.http_status,
+        )
+
+    def _death_event(self, request_id: str) -> SequenceEvent:
+        return SequenceEvent(request_id=request_id, finish_reason="error", error=self._death())

@@ -1,0 +1,92 @@
+"""A scheduler without a model: made-up adapters and a rule for the next token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loraswarm.adapters.adapter import AdapterInfo, ModuleInfo
+from loraswarm.core.base_shape import TARGETS, BaseShape
+from loraswarm.core.request import Request, SamplingParams
+from loraswarm.core.sequence import Sequence
+from loraswarm.engine.policies import FirstComeFirstServed
+from loraswarm.engine.scheduler import Scheduler
+from loraswarm.engine.step import ChunkResult, Step
+from loraswarm.memory.geometry import page_geometry
+from loraswarm.memory.memory import Memory
+
+SHAPE = BaseShape(
+    num_layers=2,
+    num_kv_heads=2,
+    head_size=16,
+    vocab_size=997,
+    target_sizes=((64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)),
+)
+GEOMETRY = page_geometry(SHAPE, element_bytes=4)
+
+
+def make_info(name: str, rank: int = 8) -> AdapterInfo:
+    """An adapter of one rank on every linear; nothing is on disk."""
+    modules = tuple(ModuleInfo(site, rank, 1.0) for site in range(SHAPE.num_sites()))
+    return AdapterInfo(
+        name=name,
+        path=Path("nowhere"),
+        digest="0",
+        method="lora",
+        modules=modules,
+        num_bytes=0,
+    )
+
+
+def make_sequence(
+    request_id: str, num_prompt: int, max_tokens: int, info: AdapterInfo | None = None
+) -> Sequence:
+    """A sequence whose prompt is recognisable; token 0 ends it."""
+    base = sum(request_id.encode())
+    prompt = tuple((base + i) % 996 + 1 for i in range(num_prompt))
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    request = Request(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        params=params,
+        adapter=info.name if info else None,
+    )
+    return Sequence(
+        request=request,
+        adapter=info.key if info else None,
+        seed=0,
+        max_tokens=max_tokens,
+        end_token_ids=frozenset({0}),
+    )
+
+
+def make_scheduler(
+    num_pages: int, max_num_sequences: int = 8, max_step_tokens: int = 32
+) -> tuple[Scheduler, Memory]:
+    """A scheduler over a pool of `num_pages` pages."""
+    memory = Memory.of_pages(num_pages, SHAPE, GEOMETRY)
+    policy = FirstComeFirstServed()
+    return Scheduler(memory, policy, max_num_sequences, max_step_tokens), memory
+
+
+def next_token(token_ids: list[int]) -> int:
+    """A stand-in for the model: depends on every token, is never the end token."""
+    value = 7
+    for token in token_ids:
+        value = (value * 31 + token) % 1_000_003
+    return value % 996 + 1
+
+
+def results_of(step: Step) -> list[ChunkResult]:
+    """What the stand-in model says about a step."""
+    return [
+        ChunkResult(next_token(chunk.sequence.token_ids) if chunk.samples else None)
+        for chunk in step.chunks
+    ]
+
+
+def expected_output(sequence: Sequence) -> list[int]:
+    """The answer the sequence gets when nothing disturbs it."""
+    tokens = list(sequence.request.prompt_token_ids)
+    for _ in range(sequence.max_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[sequence.num_prompt :]

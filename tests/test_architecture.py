@@ -1,0 +1,160 @@
+"""The house rules that a machine can check: layers, sizes, what may import what."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "loraswarm"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+LAYERS = {
+    "config": 0,
+    "errors": 0,
+    "core": 1,
+    "kernels": 2,
+    "adapters": 2,
+    "text": 2,
+    "memory": 3,
+    "models": 3,
+    "engine": 4,
+    "server": 5,
+    "llm": 5,
+    "demo": 5,
+    "__main__": 6,
+}
+TORCH_FREE = [
+    "loraswarm",
+    "loraswarm.__main__",
+    "loraswarm.config",
+    "loraswarm.errors",
+    "loraswarm.core.client",
+    "loraswarm.core.sequence",
+    "loraswarm.adapters.catalog",
+    "loraswarm.memory.memory",
+    "loraswarm.engine.scheduler",
+    "loraswarm.engine.policies",
+    "loraswarm.engine.child_client",
+    "loraswarm.server.app",
+    "loraswarm.demo",
+]
+ONLY_IN = {
+    "numba": "kernels/cpu",
+    "llvmlite": "kernels/cpu",
+    "triton": "kernels/triton",
+    "fastapi": "server",
+    "uvicorn": "server",
+    "zmq": "engine",
+    "openai": "demo",
+    "peft": "demo",
+}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_PARAMETERS = 6
+BANNED_NAMES = {"utils", "common", "helpers", "misc"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module or ""}
+    return found
+
+
+def part_of(module: str) -> str:
+    """`loraswarm.engine.step` -> `engine`."""
+    pieces = module.split(".")
+    return pieces[1] if len(pieces) > 1 else ""
+
+
+def functions_of(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_imports_point_down_and_peers_do_not_meet():
+    wrong = []
+    for path in FILES:
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        for module in imports_of(path):
+            if not module.startswith("loraswarm."):
+                continue
+            other = part_of(module)
+            if other != part and LAYERS[other] >= LAYERS[part]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert not wrong
+
+
+def test_heavy_packages_stay_in_their_folder():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in FILES
+        for module in imports_of(path)
+        if (home := ONLY_IN.get(module.split(".")[0]))
+        and not path.relative_to(PACKAGE).as_posix().startswith(home)
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_module_imports_without_torch(module):
+    code = (
+        f"import sys, {module}; "
+        "sys.exit('torch' in sys.modules or 'numba' in sys.modules or 'transformers' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_files_and_functions_are_small():
+    wrong = []
+    for path in FILES:
+        lines = path.read_text().count("\n")
+        if lines > MAX_FILE_LINES:
+            wrong.append(f"{path.relative_to(ROOT)}: {lines} lines")
+        for function in functions_of(path):
+            size = (function.end_lineno or 0) - function.lineno + 1
+            if size > MAX_FUNCTION_LINES:
+                wrong.append(f"{path.relative_to(ROOT)}: {function.name} has {size} lines")
+    assert not wrong
+
+
+def test_functions_take_few_parameters():
+    """Kernels and what the command line and HTTP turn into options are exempt."""
+    wrong = []
+    for path in FILES:
+        if "kernels" in path.parts or path.name == "__main__.py":
+            continue
+        for function in functions_of(path):
+            names = [a.arg for a in [*function.args.args, *function.args.kwonlyargs]]
+            count = len([name for name in names if name not in ("self", "cls")])
+            if count > MAX_PARAMETERS:
+                wrong.append(f"{path.relative_to(ROOT)}: {function.name} takes {count}")
+    assert not wrong
+
+
+def test_every_module_says_what_it_is():
+    wrong = [
+        str(path.relative_to(ROOT)) for path in FILES if not ast.get_docstring(_tree(path))
+    ]
+    assert not wrong
+
+
+def test_no_module_is_a_drawer():
+    assert not [path for path in FILES if BANNED_NAMES & set(path.with_suffix("").parts)]
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())

@@ -1,0 +1,214 @@
+"""The scheduler alone, with a stand-in for the model: order, budgets, preemption, conservation."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from scheduler_cases import (
+    GEOMETRY,
+    expected_output,
+    make_info,
+    make_scheduler,
+    make_sequence,
+    results_of,
+)
+
+from loraswarm.core.events import ErrorInfo
+from loraswarm.engine.step import ChunkResult
+
+PAGE = GEOMETRY.page_tokens
+
+
+def run(scheduler, sequences, max_steps=10_000):
+    """Step until idle; returns tokens and terminal reasons by request id."""
+    tokens = {sequence.request_id: [] for sequence in sequences}
+    ends = {}
+    for _ in range(max_steps):
+        if not scheduler.has_work:
+            break
+        step = scheduler.plan()
+        scheduler.check()
+        for event in scheduler.commit(step, results_of(step)):
+            assert event.request_id not in ends, "an event after the terminal one"
+            tokens[event.request_id] += event.token_ids
+            if event.finish_reason:
+                ends[event.request_id] = event.finish_reason
+    assert not scheduler.has_work
+    return tokens, ends
+
+
+def test_long_prompt_is_computed_in_chunks_beside_decodes():
+    scheduler, _ = make_scheduler(num_pages=64, max_step_tokens=8)
+    scheduler.add(make_sequence("short", 3, 20), None)
+    step = scheduler.plan()
+    scheduler.commit(step, results_of(step))
+    scheduler.add(make_sequence("long", 20, 2), None)
+    sizes = []
+    for _ in range(4):
+        step = scheduler.plan()
+        assert step.num_tokens <= 8
+        sizes.append([chunk.num_tokens for chunk in step.chunks])
+        scheduler.commit(step, results_of(step))
+    assert sizes == [[1, 7], [1, 7], [1, 6], [1, 1]]
+
+
+def test_oldest_is_admitted_first_and_seats_are_limited():
+    scheduler, _ = make_scheduler(num_pages=64, max_num_sequences=2)
+    for name in ("a", "b", "c"):
+        scheduler.add(make_sequence(name, 2, 3), None)
+    step = scheduler.plan()
+    assert [chunk.sequence.request_id for chunk in step.chunks] == ["a", "b"]
+    assert scheduler.num_waiting == 1
+
+
+def test_when_pages_run_out_the_youngest_is_preempted_and_answers_stay_the_same():
+    scheduler, memory = make_scheduler(num_pages=6)
+    sequences = [make_sequence(f"s{i}", PAGE - 2 + i, 3 * PAGE) for i in range(4)]
+    for sequence in sequences:
+        scheduler.add(sequence, None)
+    tokens, ends = run(scheduler, sequences)
+    assert scheduler.num_preemptions > 0
+    assert set(ends.values()) == {"length"}
+    for sequence in sequences:
+        assert tokens[sequence.request_id] == expected_output(sequence)
+    assert memory.pool.num_free == 6
+
+
+def test_an_idle_adapter_makes_room_for_k_v_and_for_other_adapters():
+    info_a, info_b = make_info("a"), make_info("b")
+    pages = make_scheduler(99)[1].adapters.num_pages(info_a)
+    scheduler, memory = make_scheduler(num_pages=pages + 3)
+    first = make_sequence("first", 4, 2, info_a)
+    scheduler.add(first, info_a)
+    run(scheduler, [first])
+    assert memory.adapters.is_resident(info_a.key)
+    second = make_sequence("second", 4, 2, info_b)
+    scheduler.add(second, info_b)
+    step = scheduler.plan()
+    assert step.evicted == (info_a.key,)
+    assert [load.info.name for load in step.loads] == ["b"]
+    scheduler.commit(step, results_of(step))
+    run(scheduler, [second])
+
+
+def test_admission_that_cannot_succeed_evicts_nothing():
+    idle, wanted = make_info("idle"), make_info("wanted", rank=64)
+    scheduler, memory = make_scheduler(num_pages=40)
+    done = make_sequence("done", 2, 1, idle)
+    scheduler.add(done, idle)
+    run(scheduler, [done])
+    running = make_sequence("running", 20 * PAGE, 5)
+    scheduler.add(running, None)
+    step = scheduler.plan()
+    scheduler.commit(step, results_of(step))
+    scheduler.add(make_sequence("blocked", 2, 1, wanted), wanted)
+    step = scheduler.plan()
+    assert scheduler.num_waiting == 1
+    assert not step.evicted
+    assert memory.adapters.is_resident(idle.key)
+
+
+def test_sequences_of_one_adapter_load_it_once():
+    info = make_info("a")
+    scheduler, memory = make_scheduler(num_pages=64)
+    for name in ("x", "y"):
+        scheduler.add(make_sequence(name, 3, 2, info), info)
+    step = scheduler.plan()
+    assert len(step.loads) == 1
+    assert memory.adapters.num_pinned == 1
+
+
+def test_a_failed_load_ends_its_own_requests_only_and_gives_back_pages():
+    good, bad = make_info("good"), make_info("bad")
+    scheduler, memory = make_scheduler(num_pages=64)
+    scheduler.add(make_sequence("g", 3, 2, good), good)
+    scheduler.add(make_sequence("b", 3, 2, bad), bad)
+    step = scheduler.plan()
+    step, events = scheduler.fail_adapters(step, {bad.key: ErrorInfo("broken", "adapter_error", 422)})
+    assert [(e.request_id, e.finish_reason, e.error.message) for e in events] == [
+        ("b", "error", "broken")
+    ]
+    assert [chunk.sequence.request_id for chunk in step.chunks] == ["g"]
+    assert not memory.adapters.is_resident(bad.key)
+    scheduler.commit(step, results_of(step))
+    scheduler.check()
+
+
+def test_a_row_that_is_not_finite_ends_alone():
+    scheduler, memory = make_scheduler(num_pages=64)
+    for name in ("a", "b"):
+        scheduler.add(make_sequence(name, 3, 2), None)
+    step = scheduler.plan()
+    events = scheduler.commit(step, [ChunkResult(failed=True), ChunkResult(5)])
+    assert [(e.request_id, e.finish_reason) for e in events] == [("a", "error"), ("b", None)]
+    assert scheduler.num_running == 1
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 2, 3])
+def test_abort_at_any_time_frees_everything(steps_before):
+    info = make_info("a")
+    scheduler, memory = make_scheduler(num_pages=64, max_step_tokens=8)
+    sequence = make_sequence("x", 18, 9, info)
+    scheduler.add(sequence, info)
+    for _ in range(steps_before):
+        step = scheduler.plan()
+        scheduler.commit(step, results_of(step))
+    event = scheduler.abort("x")
+    assert event.finish_reason == "abort"
+    assert scheduler.abort("x") is None
+    assert memory.pool.num_owned("kv") == 0
+    assert memory.adapters.num_pinned == 0
+    scheduler.check()
+
+
+def test_end_token_stops_only_after_min_tokens():
+    scheduler, _ = make_scheduler(num_pages=64)
+    sequence = make_sequence("x", 3, 9)
+    scheduler.add(sequence, None)
+    step = scheduler.plan()
+    (event,) = scheduler.commit(step, [ChunkResult(0)])
+    assert event.finish_reason == "stop"
+    assert event.stop_token_id == 0
+
+
+def test_random_traffic_loses_nothing_and_leaks_nothing():
+    rng = random.Random(1)
+    infos = [None, *(make_info(f"a{i}", rank=rng.choice([2, 8, 24])) for i in range(6))]
+    scheduler, memory = make_scheduler(num_pages=24, max_step_tokens=16)
+    sequences, ends, tokens = {}, {}, {}
+    for operation in range(4000):
+        if rng.random() < 0.15 and len(sequences) < 300:
+            info = rng.choice(infos)
+            name = f"r{operation}"
+            sequence = make_sequence(name, rng.randrange(1, 50), rng.randrange(1, 30), info)
+            longest = scheduler.max_sequence_tokens(info)
+            if sequence.num_prompt + sequence.max_tokens <= longest:
+                scheduler.add(sequence, info)
+                sequences[name] = sequence
+        if sequences and rng.random() < 0.01:
+            event = scheduler.abort(rng.choice(sorted(sequences)))
+            if event:
+                ends[event.request_id] = "abort"
+        if scheduler.has_work:
+            step = scheduler.plan()
+            for event in scheduler.commit(step, results_of(step)):
+                assert event.request_id not in ends
+                tokens.setdefault(event.request_id, []).extend(event.token_ids)
+                if event.finish_reason:
+                    ends[event.request_id] = event.finish_reason
+            scheduler.check()
+    while scheduler.has_work:
+        step = scheduler.plan()
+        for event in scheduler.commit(step, results_of(step)):
+            tokens.setdefault(event.request_id, []).extend(event.token_ids)
+            if event.finish_reason:
+                ends[event.request_id] = event.finish_reason
+    assert scheduler.num_preemptions > 0
+    assert ends.keys() == sequences.keys()
+    finished = [name for name, reason in ends.items() if reason == "length"]
+    assert len(finished) > 50
+    for name in finished:
+        assert tokens[name] == expected_output(sequences[name])
+    assert memory.pool.num_owned("kv") == 0
+    assert memory.adapters.num_pinned == 0
