@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from random_swarm import write_swarm
 
 from loraswarm.config import EngineConfig
 from loraswarm.core.request import Request, SamplingParams
 from loraswarm.engine.engine import Engine
 from loraswarm.engine.setup import build_engine
+from random_swarm import write_swarm
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ def run_round(engine: Engine, adapters: list[str | None], context: int, steps: i
     for index, adapter in enumerate(adapters):
         prompt = tuple((index * 7919 + i * 31) % 4000 + 1 for i in range(num_prompt))
         engine.add(
-            Request(
-                request_id=f"r{index}", prompt_token_ids=prompt, params=params, adapter=adapter
-            )
+            Request(request_id=f"r{index}", prompt_token_ids=prompt, params=params, adapter=adapter)
         )
     started: set[str] = set()
     while len(started) < len(adapters):
@@ -94,7 +92,7 @@ def bytes_per_step(engine: Engine, adapters: list[str | None], context: int) -> 
     sizes = {row.name: row.num_bytes for row in engine.info.adapters}
     distinct = {name for name in adapters if name is not None}
     kv_bytes = len(adapters) * context * engine.info.page_bytes // engine.info.page_tokens
-    return engine.weight_bytes + sum(sizes[name] for name in distinct) + kv_bytes
+    return engine.info.weight_bytes + sum(sizes[name] for name in distinct) + kv_bytes
 
 
 def main() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 import torch
-from scheduler_cases import GEOMETRY, SHAPE, make_info
 
 from loraswarm.adapters.adapter import Adapter, ModuleWeights
 from loraswarm.core.base_shape import TARGETS, BaseShape
@@ -17,6 +17,7 @@ from loraswarm.memory.page_buffer import PageBuffer
 from loraswarm.memory.page_pool import Owner, PagePool
 from loraswarm.memory.tile_layout import tile_layout
 from loraswarm.memory.tile_store import TileStore
+from scheduler_cases import GEOMETRY, SHAPE, make_info
 
 QWEN_SHAPE = BaseShape(
     num_layers=24,
@@ -90,7 +91,7 @@ def test_pool_is_conserved_under_ten_thousand_random_operations():
             elif choice in (3, 4) and pins:
                 memory.adapters.unpin(pins.pop(rng.randrange(len(pins))))
             else:
-                before = {key for key in pins}
+                before = set(pins)
                 evicted = memory.adapters.evict_idle(rng.randrange(64))
                 assert not before & set(evicted), "a pinned adapter was evicted"
         except OutOfPages:
@@ -135,7 +136,7 @@ def test_layout_covers_every_rank_once_without_overlap(rank):
     for blocks in taken.values():
         blocks.sort()
         assert blocks[-1][1] <= geometry.page_elements
-        assert all(end <= begin for (_, end), (begin, _) in zip(blocks, blocks[1:], strict=False))
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(blocks))
     assert set(taken) == set(range(layout.num_pages))
     if rank == 64:
         used = sum(end - begin for blocks in taken.values() for begin, end in blocks)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
+
+from loraswarm.core.events import ErrorInfo
+from loraswarm.engine.step import ChunkResult
 from scheduler_cases import (
     GEOMETRY,
     expected_output,
@@ -13,9 +16,6 @@ from scheduler_cases import (
     make_sequence,
     results_of,
 )
-
-from loraswarm.core.events import ErrorInfo
-from loraswarm.engine.step import ChunkResult
 
 PAGE = GEOMETRY.page_tokens
 
@@ -125,7 +125,9 @@ def test_a_failed_load_ends_its_own_requests_only_and_gives_back_pages():
     scheduler.add(make_sequence("g", 3, 2, good), good)
     scheduler.add(make_sequence("b", 3, 2, bad), bad)
     step = scheduler.plan()
-    step, events = scheduler.fail_adapters(step, {bad.key: ErrorInfo("broken", "adapter_error", 422)})
+    step, events = scheduler.fail_adapters(
+        step, {bad.key: ErrorInfo("broken", "adapter_error", 422)}
+    )
     assert [(e.request_id, e.finish_reason, e.error.message) for e in events] == [
         ("b", "error", "broken")
     ]
@@ -136,7 +138,7 @@ def test_a_failed_load_ends_its_own_requests_only_and_gives_back_pages():
 
 
 def test_a_row_that_is_not_finite_ends_alone():
-    scheduler, memory = make_scheduler(num_pages=64)
+    scheduler, _memory = make_scheduler(num_pages=64)
     for name in ("a", "b"):
         scheduler.add(make_sequence(name, 3, 2), None)
     step = scheduler.plan()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+import torch
 from torch import Tensor
 
 from loraswarm.core.events import TokenLogprob
@@ -16,6 +17,7 @@ from loraswarm.engine.sampler import NOT_FINITE, sample, token_logprobs
 from loraswarm.engine.step import ChunkResult
 
 
+@torch.inference_mode()
 def chunk_results(logits_ZV: Tensor, rows: Seq[LogitRows]) -> list[ChunkResult]:
     """One result per item of `rows`, in its order. `logits_ZV` is used up (changed in place)."""
     prompt_logprobs = [_prompt_logprobs(logits_ZV, item) for item in rows]

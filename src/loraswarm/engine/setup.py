@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 
 from loraswarm.adapters.catalog import Catalog
 from loraswarm.adapters.peft import read_adapter
-from loraswarm.config import EngineConfig
+from loraswarm.config import Dtype, EngineConfig
 from loraswarm.core.client import EngineInfo
 from loraswarm.engine.engine import Engine
 from loraswarm.engine.model_runner import ModelRunner
@@ -27,17 +28,18 @@ from loraswarm.memory.geometry import PageGeometry, page_geometry
 from loraswarm.memory.memory import Memory
 from loraswarm.memory.page_buffer import PageBuffer
 from loraswarm.memory.tile_store import TileStore
-from loraswarm.models.config import DecoderConfig
-from loraswarm.models.families import decoder_config, read_config
+from loraswarm.models.decoder import Decoder
+from loraswarm.models.families import decoder_config
+from loraswarm.models.layers.backend import Backend
 from loraswarm.models.loader import checkpoint_dtype, load_decoder
-from loraswarm.models.source import eos_token_ids, resolve_model
+from loraswarm.models.source import eos_token_ids, read_config, resolve_model
 
 Report = Callable[[str], None]
 MAX_CPU_POOL_BYTES = 4 << 30
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
+DTYPES: dict[torch.dtype, Dtype] = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
 }
 log = logging.getLogger(__name__)
 
@@ -51,35 +53,38 @@ def build_engine(config: EngineConfig, report: Report = log.info) -> Engine:
     path = resolve_model(config.model)
     raw = read_config(path)
     model_config = decoder_config(raw)
-    config = _resolve(config, checkpoint_dtype(raw))
-    torch.set_num_threads(config.num_threads or 1)
-    cpu.set_num_threads(config.num_threads or 1)
-    dtype = DTYPES[config.dtype]
-    shape = model_config.shape()
-    catalog = Catalog(config.adapters, shape, config.model_name)
+    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else checkpoint_dtype(path, raw)
+    config = _resolve(config, dtype)
+    catalog = Catalog(config.adapters, model_config.shape(), config.model_name)
     catalog.scan()
-    report(f"loading {config.model_name} from {path} as {config.dtype}")
-    device = torch.device(config.device)
-    decoder = load_decoder(path, model_config, dtype, cpu, report)
-    geometry = page_geometry(shape, dtype.itemsize)
-    config = _size_pool(config, geometry, model_config)
-    decoder.set_max_positions(config.max_model_len or 0)
-    assert config.pool_bytes is not None
-    num_pages = config.pool_bytes // geometry.page_bytes
+    report(f"loading model={config.model_name} path={path} dtype={config.dtype}")
+    backend = Backend(cpu, dtype, torch.device(config.device))
+    decoder = load_decoder(path, model_config, backend, report)
+    geometry = page_geometry(model_config.shape(), dtype.itemsize)
+    config = _size_pool(config, geometry, model_config.max_position)
     cpu.warm_up(config.dtype, lambda line: report(f"compiling {line}"))
-    buffer = PageBuffer(num_pages, shape, geometry, dtype, device)
-    memory = Memory.of_pages(num_pages, shape, geometry)
+    info = _info(config, path, decoder, catalog, geometry)
+    report(_summary(config, info))
+    return _assemble(config, info, catalog, decoder, backend)
+
+
+def _assemble(
+    config: EngineConfig, info: EngineInfo, catalog: Catalog, decoder: Decoder, backend: Backend
+) -> Engine:
+    """Put the parts together."""
+    shape = decoder.config.shape()
+    geometry = page_geometry(shape, backend.dtype.itemsize)
+    buffer = PageBuffer(info.num_pages, shape, geometry, backend.dtype, backend.device)
+    memory = Memory.of_pages(info.num_pages, shape, geometry)
     scheduler = Scheduler(
         memory, FirstComeFirstServed(), config.max_num_sequences, config.max_step_tokens
     )
-    report(_summary(config, num_pages, geometry))
     runner = ModelRunner(decoder, buffer, TileStore(buffer, shape), read_adapter)
-    info = _info(config, path, model_config, catalog, geometry)
     return Engine(info, catalog, runner, memory, scheduler, config.seed)
 
 
-def _resolve(config: EngineConfig, checkpoint: str) -> EngineConfig:
-    """Fill in device, dtype and threads."""
+def _resolve(config: EngineConfig, dtype: torch.dtype) -> EngineConfig:
+    """Fill in device, dtype and threads, and set the threads."""
     if config.device == "cuda":
         raise ConfigError("device 'cuda' is not supported by this version; use --device cpu")
     if config.max_step_tokens < config.max_num_sequences:
@@ -87,15 +92,19 @@ def _resolve(config: EngineConfig, checkpoint: str) -> EngineConfig:
             f"max_step_tokens is {config.max_step_tokens} but max_num_sequences is "
             f"{config.max_num_sequences}; a step must have room for one token of each sequence"
         )
-    return dataclasses.replace(
-        config,
-        device="cpu",
-        dtype=checkpoint if config.dtype == "auto" else config.dtype,
-        num_threads=config.num_threads or psutil.cpu_count(logical=False) or 1,
-    )
+    num_threads = config.num_threads or _physical_cores()
+    torch.set_num_threads(num_threads)
+    cpu.set_num_threads(num_threads)
+    return dataclasses.replace(config, device="cpu", dtype=DTYPES[dtype], num_threads=num_threads)
 
 
-def _size_pool(config: EngineConfig, geometry: PageGeometry, model: DecoderConfig) -> EngineConfig:
+def _physical_cores() -> int:
+    """Cores this process may run on, without hyper-threads."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(allowed or 1, psutil.cpu_count(logical=False) or 1))
+
+
+def _size_pool(config: EngineConfig, geometry: PageGeometry, limit: int) -> EngineConfig:
     """Fill in the pool's bytes and the context length; both must be possible together."""
     pool_bytes = config.pool_bytes
     if pool_bytes is None:
@@ -106,7 +115,6 @@ def _size_pool(config: EngineConfig, geometry: PageGeometry, model: DecoderConfi
         raise ConfigError(
             f"pool_bytes is {pool_bytes:,}; one page of this model takes {geometry.page_bytes:,}"
         )
-    limit = model.max_position
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(
             f"max_model_len is {config.max_model_len:,}; this model was made for {limit:,} tokens"
@@ -123,7 +131,7 @@ def _size_pool(config: EngineConfig, geometry: PageGeometry, model: DecoderConfi
 def _info(
     config: EngineConfig,
     path: Path,
-    model: DecoderConfig,
+    decoder: Decoder,
     catalog: Catalog,
     geometry: PageGeometry,
 ) -> EngineInfo:
@@ -133,8 +141,9 @@ def _info(
         model=config.model_name,
         model_path=str(path),
         max_model_len=config.max_model_len,
-        vocab_size=model.vocab_size,
+        vocab_size=decoder.config.vocab_size,
         end_token_ids=eos_token_ids(path),
+        weight_bytes=decoder.num_bytes(),
         num_pages=config.pool_bytes // geometry.page_bytes,
         page_bytes=geometry.page_bytes,
         page_tokens=geometry.page_tokens,
@@ -142,10 +151,10 @@ def _info(
     )
 
 
-def _summary(config: EngineConfig, num_pages: int, geometry: PageGeometry) -> str:
+def _summary(config: EngineConfig, info: EngineInfo) -> str:
     options = " ".join(
         f"{field.name}={getattr(config, field.name)}"
         for field in dataclasses.fields(config)
         if field.name not in ("model", "adapters")
     )
-    return f"{options} pages={num_pages} page_bytes={geometry.page_bytes}"
+    return f"{options} pages={info.num_pages} page_bytes={info.page_bytes}"

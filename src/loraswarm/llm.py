@@ -1,0 +1,201 @@
+"""The offline API: an engine in this process, prompts in, answers out.
+
+Joins engine and text without HTTP or asyncio. Knows nothing about the command line.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from loraswarm.config import EngineConfig
+from loraswarm.core.client import EngineInfo
+from loraswarm.core.events import FinishReason, SequenceEvent, TokenLogprob
+from loraswarm.core.request import Request, SamplingParams
+from loraswarm.engine.engine import Engine
+from loraswarm.engine.setup import build_engine
+from loraswarm.errors import InvalidRequest
+from loraswarm.text.generation import TextDelta, TextStream
+from loraswarm.text.tokenizer import Tokenizer
+
+Prompt = str | Seq[int]
+Message = dict[str, Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class GenerationOutput:
+    """The answer to one prompt.
+
+    `finish_reason` is "stop", "length" or "error"; `error` says why in the last case (an adapter
+    that could not be read, for instance; the other prompts are unharmed).
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    adapter: str | None
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+    def extend(self, delta: TextDelta) -> None:
+        """Append what is new."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            self.logprobs = (self.logprobs or ()) + delta.logprobs
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        self.finish_reason = delta.finish_reason
+        self.stop_reason = delta.stop_reason
+        if delta.error is not None:
+            self.error = delta.error.message
+
+
+class LLM:
+    """One base model and its adapters, in this process.
+
+        llm = LLM("path/or/hub-id", adapters="adapters/")
+        outputs = llm.generate(["How many open tickets?"], adapter="sql")
+
+    Takes the options of `loraswarm serve` by the names of EngineConfig's fields; `adapters` may be
+    one path or several. Not safe from several threads.
+
+    Raises   ConfigError for an option or a model that cannot work.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        adapters: str | Seq[str] = (),
+        report: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> None:
+        roots = (adapters,) if isinstance(adapters, str) else tuple(adapters)
+        config = EngineConfig.from_options({"model": model, "adapters": roots, **options})
+        self._engine: Engine = build_engine(config, report) if report else build_engine(config)
+        self.tokenizer = Tokenizer.load(self._engine.info.model_path)
+        self._ids = itertools.count()
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is served: names, limits, sizes."""
+        return self._engine.info
+
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+        adapter: str | Seq[str | None] | None = None,
+        use_progress_bar: bool = True,
+    ) -> list[GenerationOutput]:
+        """Answer prompts (texts or token ids) together; outputs are in the prompts' order.
+
+        `params` and `adapter` are one for all prompts or one for each; adapter None is the base.
+        Raises   InvalidRequest, UnknownAdapter or AdapterError before anything runs.
+        """
+        items = _as_prompts(prompts)
+        all_params = _spread("params", params or SamplingParams(), len(items), SamplingParams)
+        names = _spread("adapter", adapter, len(items), str | None)
+        requests = [
+            self._request(prompt, one, name)
+            for prompt, one, name in zip(items, all_params, names, strict=True)
+        ]
+        return self._run(requests, use_progress_bar)
+
+    def chat(
+        self,
+        messages: Seq[Message] | Seq[Seq[Message]],
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+        adapter: str | Seq[str | None] | None = None,
+        use_progress_bar: bool = True,
+    ) -> list[GenerationOutput]:
+        """As `generate`, for one conversation or several, by the model's own chat template."""
+        chats = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        prompts = [
+            self.tokenizer.encode(self.tokenizer.render_chat(chat), add_special_tokens=False)  # type: ignore[arg-type]
+            for chat in chats
+        ]
+        return self.generate(prompts, params, adapter, use_progress_bar)
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
+    ) -> Iterator[TextDelta]:
+        """Answer one prompt piece by piece; closing the iterator early ends the request."""
+        request = self._request(prompt, params or SamplingParams(), adapter)
+        stream = TextStream(self.tokenizer, request)
+        self._engine.add(request)
+        try:
+            while self._engine.has_work:
+                for event in self._engine.step():
+                    delta = stream.push(event)
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
+        finally:
+            self._engine.abort(request.request_id)
+
+    def _request(self, prompt: Prompt, params: SamplingParams, adapter: str | None) -> Request:
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return Request(
+            request_id=f"offline-{next(self._ids)}",
+            prompt_token_ids=tuple(token_ids),
+            params=params,
+            adapter=None if adapter == self.info.model else adapter,
+        )
+
+    def _run(self, requests: list[Request], use_progress_bar: bool) -> list[GenerationOutput]:
+        outputs = {
+            request.request_id: GenerationOutput(
+                prompt_token_ids=request.prompt_token_ids, adapter=request.adapter
+            )
+            for request in requests
+        }
+        streams = {r.request_id: TextStream(self.tokenizer, r) for r in requests}
+        # None asks tqdm to show a bar on a terminal only.
+        bar = tqdm(total=len(requests), desc="prompts", disable=None if use_progress_bar else True)
+        try:
+            for request in requests:
+                self._engine.add(request)
+            while self._engine.has_work:
+                for event in self._engine.step():
+                    bar.update(self._deliver(event, streams[event.request_id], outputs))
+        finally:
+            self._engine.abort_all()
+            bar.close()
+        return list(outputs.values())
+
+    def _deliver(
+        self, event: SequenceEvent, stream: TextStream, outputs: dict[str, GenerationOutput]
+    ) -> bool:
+        """Add an event to its output; whether that ended it."""
+        delta = stream.push(event)
+        outputs[event.request_id].extend(delta)
+        is_done = delta.finish_reason is not None
+        if is_done and event.finish_reason is None:
+            self._engine.abort(event.request_id)
+        return is_done
+
+
+def _as_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+    """A single text or a single list of token ids becomes a list of one."""
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _spread(name: str, value: Any, count: int, single: Any) -> list[Any]:
+    """One value for all, or one for each."""
+    if isinstance(value, single):
+        return [value] * count
+    values = list(value)
+    if len(values) != count:
+        raise InvalidRequest(f"{count} prompts but {len(values)} of {name}; give one or {count}")
+    return values
