@@ -14,8 +14,8 @@ PACKAGE = ROOT / "src" / "loraswarm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = {
-    "config": 0,
     "errors": 0,
+    "config": 1,
     "core": 1,
     "kernels": 2,
     "adapters": 2,

@@ -55,7 +55,7 @@ class ChildEngine:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._commands = context.socket(zmq.PULL)
         self._replies = context.socket(zmq.PUSH)
-        self._commands.connect(commands_address(directory))
+        self._commands.bind(commands_address(directory))
         self._replies.connect(replies_address(directory))
         self._replies.setsockopt(zmq.SNDHWM, 0)
         self._replies.setsockopt(zmq.LINGER, 1000)

@@ -55,7 +55,7 @@ class ChildEngineClient:
         self._commands = self._context.socket(zmq.PUSH)
         self._commands.setsockopt(zmq.SNDHWM, 0)
         self._commands.setsockopt(zmq.LINGER, 0)
-        self._commands.bind(commands_address(directory))
+        self._commands.connect(commands_address(directory))
         self._replies = zmq.asyncio.Context(self._context).socket(zmq.PULL)
         self._replies.bind(replies_address(directory))
         self._info: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()

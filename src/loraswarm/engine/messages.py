@@ -68,10 +68,10 @@ decode_reply: Callable[[bytes], Reply] = msgspec.msgpack.Decoder(Reply).decode
 
 
 def commands_address(directory: Path) -> str:
-    """Where the parent binds the socket that carries commands."""
+    """Where the child receives; the parent may send before it listens."""
     return f"ipc://{directory}/commands"
 
 
 def replies_address(directory: Path) -> str:
-    """Where the parent binds the socket that carries replies."""
+    """Where the parent receives."""
     return f"ipc://{directory}/replies"

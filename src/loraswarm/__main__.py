@@ -1,0 +1,200 @@
+"""The command line: options, help, and errors as one line.
+
+Each command imports what it needs when it runs, so that `--help` is instant. Exit code 0 on
+success, 1 with one line on standard error for a user's mistake.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from loraswarm import __version__
+from loraswarm.commands.options import parse_bytes
+from loraswarm.config import EngineConfig, ServerConfig
+from loraswarm.core.request import SamplingParams
+from loraswarm.errors import LoRASwarmError
+
+app = typer.Typer(
+    name="loraswarm",
+    help="Serve a swarm of LoRA adapters from one base model.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face directory, or a hub id.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(help="A directory of adapters, or one adapter's directory; may be repeated."),
+]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Most tokens of prompt and answer together [default: model's]")
+]
+MemoryUtilization = Annotated[
+    float, typer.Option(help="Share of free memory for the page pool, if --pool-bytes is not set.")
+]
+PoolBytes = Annotated[
+    str | None,
+    typer.Option(help="Size of the pool of K/V and adapter pages, e.g. 4GiB [default: auto]"),
+]
+MaxNumSequences = Annotated[int, typer.Option(help="Most requests in one step.")]
+MaxStepTokens = Annotated[int, typer.Option(help="Most tokens in one step.")]
+NumThreads = Annotated[int | None, typer.Option(help="CPU threads [default: physical cores]")]
+Seed = Annotated[int | None, typer.Option(help="Makes requests without a seed repeatable.")]
+ApiKey = Annotated[str | None, typer.Option(help="Key that clients must send.")]
+ServedModelName = Annotated[
+    str | None, typer.Option(help="Name of the base model [default: last part of MODEL]")
+]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"loraswarm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Serve a swarm of LoRA adapters from one base model."""
+
+
+@app.command()
+def serve(
+    model: Model,
+    adapters: Adapters = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_model_len: MaxModelLen = None,
+    memory_utilization: MemoryUtilization = 0.9,
+    pool_bytes: PoolBytes = None,
+    max_num_sequences: MaxNumSequences = 128,
+    max_step_tokens: MaxStepTokens = 512,
+    num_threads: NumThreads = None,
+    seed: Seed = None,
+    api_key: ApiKey = None,
+    served_model_name: ServedModelName = None,
+) -> None:
+    """Serve MODEL and its adapters through an OpenAI-compatible API."""
+    config = _engine_config(
+        model=model,
+        adapters=tuple(adapters or ()),
+        served_model_name=served_model_name,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        memory_utilization=memory_utilization,
+        pool_bytes=parse_bytes("--pool-bytes", pool_bytes),
+        max_num_sequences=max_num_sequences,
+        max_step_tokens=max_step_tokens,
+        num_threads=num_threads,
+        seed=seed,
+    )
+    server = ServerConfig(host=host, port=port, api_key=api_key)
+    from loraswarm.commands.serve import serve as run
+
+    raise typer.Exit(run(config, server))
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to continue, or the message with --chat.")],
+    adapter: Annotated[
+        str | None, typer.Option(help="An adapter's directory, or its name within --adapters.")
+    ] = None,
+    adapters: Adapters = None,
+    chat: Annotated[bool, typer.Option(help="Ask through the model's chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens only.")] = 1.0,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    max_model_len: MaxModelLen = None,
+    pool_bytes: PoolBytes = None,
+    num_threads: NumThreads = None,
+) -> None:
+    """Answer one prompt, streamed to the terminal."""
+    config = _engine_config(
+        model=model,
+        adapters=tuple(adapters or ()),
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        pool_bytes=parse_bytes("--pool-bytes", pool_bytes),
+        num_threads=num_threads,
+    )
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    from loraswarm.commands.generate import generate as run
+
+    run(config, adapter, prompt, params, chat)
+
+
+@app.command()
+def demo(
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Keep serving after the mixed batch.")
+    ] = False,
+    host: Host = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(help="Port [default: 8000 with --serve, else a free one]")
+    ] = None,
+    dtype: Dtype = "float32",
+    num_threads: NumThreads = None,
+) -> None:
+    """Serve the bundled swarm, send one mixed batch, print each model's answers."""
+    free_or_usual = 8000 if serve else 0
+    server = ServerConfig(host=host, port=free_or_usual if port is None else port)
+    from loraswarm.commands.demo import demo as run
+
+    raise typer.Exit(run(server, serve, dtype, num_threads))
+
+
+def _engine_config(**fields: Any) -> EngineConfig:
+    return EngineConfig.from_options(fields)
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line on standard error and exit code 1."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for chatty in ("httpx", "openai"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except LoRASwarmError as error:
+        sys.exit(_fail(str(error)))
+    except TyperException as error:
+        sys.exit(_fail(_describe(error)))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    sys.exit(code or 0)
+
+
+def _describe(error: TyperException) -> str:
+    format_message = getattr(error, "format_message", None)
+    text = format_message() if format_message else str(error)
+    return f"{text.rstrip('.')}. Try 'loraswarm --help'."
+
+
+def _fail(message: str) -> int:
+    print(f"loraswarm: error: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    main()

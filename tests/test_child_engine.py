@@ -1,0 +1,159 @@
+"""An engine in a process of its own: every request ends once, also when the process does not live."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+
+import pytest
+from engine_factory import make_engine, make_request, prompt_of, run_tokens, save_swarm
+
+from loraswarm.config import EngineConfig
+from loraswarm.core.request import SamplingParams
+from loraswarm.engine.child_client import ChildEngineClient
+from loraswarm.errors import ConfigError, EngineError
+
+LONG = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def swarm(tmp_path_factory):
+    path = tmp_path_factory.mktemp("swarm")
+    save_swarm(path, 3)
+    return path
+
+
+def config_of(path):
+    return EngineConfig(
+        model=str(path / "model"),
+        adapters=(str(path / "adapters"),),
+        pool_bytes=8 << 20,
+        num_threads=1,
+    )
+
+
+async def collect(client, request):
+    return [event async for event in client.generate(request)]
+
+
+async def until_idle(client):
+    """Stats once nothing runs; the engine acts on an abort between two steps."""
+    for _ in range(200):
+        stats = await client.stats()
+        if stats.num_running + stats.num_waiting == 0:
+            return stats
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"still busy: {stats}")
+
+
+def test_answers_equal_those_of_an_engine_in_this_process(swarm):
+    requests = [
+        make_request(f"r{i}", name, prompt_of(i, 11)) for i, name in enumerate([None, "a000", "a002"])
+    ]
+    expected = run_tokens(make_engine(swarm), requests)
+
+    async def main():
+        lines = []
+        client = await ChildEngineClient.start(config_of(swarm), lines.append)
+        try:
+            assert client.info.served_adapters() == ["a000", "a001", "a002"]
+            found = await asyncio.gather(*(collect(client, request) for request in requests))
+        finally:
+            await client.close()
+        assert any("loading" in line for line in lines)
+        return found
+
+    for request, events in zip(requests, asyncio.run(main()), strict=True):
+        tokens = [token for event in events for token in event.token_ids]
+        assert tokens == expected[request.request_id]
+        assert [event.finish_reason for event in events].count(None) == len(events) - 1
+
+
+def test_closing_a_stream_early_aborts_it_and_frees_its_pages(swarm):
+    async def main():
+        client = await ChildEngineClient.start(config_of(swarm))
+        try:
+            stream = client.generate(make_request("x", "a001", prompt_of(1, 9), LONG))
+            await anext(stream)
+            assert (await client.stats()).num_running == 1
+            await stream.aclose()
+            stats = await until_idle(client)
+            assert stats.num_kv_pages == 0
+            assert stats.num_pinned_adapters == 0
+        finally:
+            await client.close()
+
+    asyncio.run(main())
+
+
+def test_refusals_arrive_as_the_only_event_with_status_and_field(swarm):
+    async def main():
+        client = await ChildEngineClient.start(config_of(swarm))
+        try:
+            (unknown,) = await collect(client, make_request("x", "nobody", prompt_of(0, 3)))
+            (empty,) = await collect(client, make_request("y", None, ()))
+        finally:
+            await client.close()
+        return unknown.error, empty.error
+
+    unknown, empty = asyncio.run(main())
+    assert unknown.http_status == 404
+    assert "a000, a001, a002" in unknown.message
+    assert (empty.http_status, empty.param) == (400, "prompt")
+
+
+def test_when_the_process_is_killed_every_open_request_gets_one_error_event(swarm):
+    async def main():
+        client = await ChildEngineClient.start(config_of(swarm))
+        requests = [make_request(f"r{i}", "a000", prompt_of(i, 5), LONG) for i in range(3)]
+        tasks = [asyncio.create_task(collect(client, request)) for request in requests]
+        while (await client.stats()).num_running < 3:
+            await asyncio.sleep(0.01)
+        os.kill(client.pid, signal.SIGKILL)
+        found = await asyncio.wait_for(asyncio.gather(*tasks), 10)
+        await asyncio.wait_for(client.wait_closed(), 10)
+        assert not client.is_alive
+        late = await collect(client, make_request("late", None, prompt_of(0, 3)))
+        with pytest.raises(EngineError, match="ended"):
+            await client.stats()
+        await client.close()
+        await client.close()
+        return [*found, late]
+
+    for events in asyncio.run(main()):
+        assert [event.finish_reason for event in events if event.finish_reason] == ["error"]
+        assert "engine process has ended" in events[-1].error.message
+        assert events[-1].error.http_status == 500
+
+
+def test_close_ends_open_requests_and_the_process(swarm):
+    async def main():
+        client = await ChildEngineClient.start(config_of(swarm))
+        task = asyncio.create_task(collect(client, make_request("x", None, prompt_of(0, 5), LONG)))
+        while (await client.stats()).num_running < 1:
+            await asyncio.sleep(0.01)
+        await client.close()
+        events = await asyncio.wait_for(task, 10)
+        with pytest.raises(ProcessLookupError):
+            os.kill(client.pid, 0)
+        return events
+
+    assert asyncio.run(main())[-1].finish_reason == "abort"
+
+
+def test_a_model_that_cannot_be_loaded_is_a_config_error_here_too(swarm, tmp_path):
+    config = dataclasses.replace(config_of(swarm), model=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        asyncio.run(ChildEngineClient.start(config))
+
+
+def test_the_process_ends_when_its_parent_is_gone(swarm):
+    async def main():
+        client = await ChildEngineClient.start(config_of(swarm))
+        client._process.stdin.close()
+        await asyncio.wait_for(client.wait_closed(), 10)
+        await client.close()
+
+    asyncio.run(main())
