@@ -19,14 +19,22 @@ from loraswarm.engine.setup import build_engine
 from loraswarm.models.families import decoder_config
 from loraswarm.models.source import read_config
 from model_factory import save_tiny_model
+from tiny_tokenizers import byte_level
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 RANKS = (1, 4, 8, 16, 17, 24, 40, 64)
 
 
-def save_swarm(path: Path, num_adapters: int, ranks: Iterable[int] = RANKS) -> None:
+def save_swarm(
+    path: Path, num_adapters: int, ranks: Iterable[int] = RANKS, has_tokenizer: bool = False
+) -> None:
     """`path`/model and `path`/adapters/a000 ...; ranks take turns."""
-    save_tiny_model(path / "model")
+    if has_tokenizer:
+        tokenizer = byte_level()
+        save_tiny_model(path / "model", vocab_size=tokenizer.vocab_size)
+        tokenizer._loaded.save_pretrained(path / "model")
+    else:
+        save_tiny_model(path / "model")
     shape = decoder_config(read_config(path / "model")).shape()
     ranks = tuple(ranks)
     for index in range(num_adapters):

@@ -8,8 +8,8 @@ import os
 import signal
 
 import pytest
-from engine_factory import make_engine, make_request, prompt_of, run_tokens, save_swarm
 
+from engine_factory import make_engine, make_request, prompt_of, run_tokens, save_swarm
 from loraswarm.config import EngineConfig
 from loraswarm.core.request import SamplingParams
 from loraswarm.engine.child_client import ChildEngineClient
@@ -50,7 +50,8 @@ async def until_idle(client):
 
 def test_answers_equal_those_of_an_engine_in_this_process(swarm):
     requests = [
-        make_request(f"r{i}", name, prompt_of(i, 11)) for i, name in enumerate([None, "a000", "a002"])
+        make_request(f"r{i}", name, prompt_of(i, 11))
+        for i, name in enumerate([None, "a000", "a002"])
     ]
     expected = run_tokens(make_engine(swarm), requests)
 

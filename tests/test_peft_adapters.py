@@ -207,6 +207,18 @@ def test_weights_are_cast_and_b_is_transposed(tmp_path, stored, dtype):
         assert torch.equal(module.bt_RO, b_OR.t())
 
 
+def test_a_file_may_mix_dtypes(tmp_path):
+    save_random_adapter(tmp_path, SMALL_SHAPE, rank=3)
+    tensors = random_tensors(SMALL_SHAPE, dict.fromkeys(TARGETS, 3), range(2))
+    dtypes = {"lora_A": torch.bfloat16, "lora_B": torch.float32}
+    _replace_tensors(tmp_path, {n: t.to(dtypes[n.split(".")[-2]]) for n, t in tensors.items()})
+    adapter = read_adapter(read_adapter_info(tmp_path, "a", SMALL_SHAPE), torch.float32)
+    for module in adapter.modules:
+        path = PREFIX + module_path(module.info.layer, module.info.target)
+        assert torch.equal(module.a_RI, tensors[f"{path}.lora_A.weight"].bfloat16().float())
+        assert torch.equal(module.bt_RO, tensors[f"{path}.lora_B.weight"].t())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("side", ["lora_A", "lora_B"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
@@ -265,7 +277,7 @@ def test_files_changed_since_the_scan_are_not_read(tmp_path, change):
     if change == "config":
         config.write_text(config.read_text().replace("16", "32"))
     elif change == "weights":
-        save_random_adapter(tmp_path, SMALL_SHAPE, rank=4)
+        save_random_adapter(tmp_path, SMALL_SHAPE, rank=3, targets=["q_proj"])
     elif change == "time":
         os.utime(weights, ns=(1, 1))
     else:
@@ -274,7 +286,7 @@ def test_files_changed_since_the_scan_are_not_read(tmp_path, change):
         read_adapter(info, torch.float32)
 
 
-@pytest.mark.parametrize(("change", "says"), [("touch", "changed"), ("cut", "cut short")])
+@pytest.mark.parametrize(("change", "says"), [("touch", "changed"), ("cut", "cut short while")])
 def test_files_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch, change, says):
     save_random_adapter(tmp_path, SMALL_SHAPE, rank=3)
     info = read_adapter_info(tmp_path, "a", SMALL_SHAPE)

@@ -1,8 +1,8 @@
 """A checked adapter: where its tensors belong, and the tensors themselves in the form tiles take.
 
 `AdapterInfo` is known from headers alone (no torch, no weights read); `Adapter` holds host weights.
-Neither knows pages, batches or the base model's weights. Built by adapters/peft, held by the catalog,
-read by memory.
+Neither knows pages, batches or the base model's weights. Built by adapters/peft, held by the
+catalog, read by memory.
 """
 
 from __future__ import annotations
