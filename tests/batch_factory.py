@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -84,6 +85,6 @@ class BatchFactory:
             query_starts=torch.tensor(starts, dtype=torch.int32),
             context_lens=torch.tensor(lengths, dtype=torch.int32),
             page_table=torch.tensor(tables, dtype=torch.int32),
-            max_query_tokens=max(b - a for a, b in zip(starts, starts[1:], strict=False)),
+            max_query_tokens=max(b - a for a, b in pairwise(starts)),
             max_context_tokens=max(lengths),
         )

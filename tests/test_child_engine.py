@@ -1,4 +1,4 @@
-"""An engine in a process of its own: every request ends once, also when the process does not live."""
+"""An engine in a process of its own: every request ends once, even if the process dies first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""config.json of each family, in both spellings, read as transformers reads it or refused by name."""
+"""config.json of each family, in both spellings: read as transformers reads it, or refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 import pytest
-from model_factory import VARIANTS, save_tiny_model
 
 from loraswarm.core.base_shape import TARGETS
 from loraswarm.errors import ConfigError
@@ -16,6 +15,7 @@ from loraswarm.models.config import DecoderConfig, Llama3Scaling
 from loraswarm.models.config_keys import ConfigKeys
 from loraswarm.models.families import FAMILIES, decoder_config
 from loraswarm.models.source import read_config
+from model_factory import VARIANTS, save_tiny_model
 
 SIZES = {
     "vocab_size": 133,

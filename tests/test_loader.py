@@ -9,20 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_factory import CPU, VARIANTS, load_ours, load_reference, save_tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraswarm.errors import ConfigError
 from loraswarm.kernels import reference
+from loraswarm.models import loader
 from loraswarm.models.checkpoint import INDEX_FILE, SINGLE_FILE, stored_tensors
 from loraswarm.models.decoder import Decoder
 from loraswarm.models.families import decoder_config
 from loraswarm.models.layers.backend import Backend
+from loraswarm.models.layers.weight import Weight, can_pack
 from loraswarm.models.loader import checkpoint_dtype, load_decoder
 from loraswarm.models.source import read_config
+from model_factory import CPU, VARIANTS, load_ours, load_reference, save_tiny_model
+from tolerance import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_packing = pytest.mark.skipif(
+    not can_pack(torch.float32, CPU), reason="oneDNN does not pack weights on this machine"
+)
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -72,7 +78,8 @@ def test_shards_load_as_one_file_does(tmp_path):
 
 
 def test_parts_of_a_fused_linear_share_one_weight_in_order(tmp_path):
-    layer = load(save_tiny_model(tmp_path, "llama-biased")).layers[1]
+    decoder = load(save_tiny_model(tmp_path, "llama-biased"))
+    layer = decoder.layers[1]
     qkv, gate_up = layer.attention.qkv, layer.mlp.gate_up
     assert qkv.out_bounds == (0, 84, 112, 140)
     assert gate_up.out_bounds == (0, 76, 152)
@@ -81,18 +88,21 @@ def test_parts_of_a_fused_linear_share_one_weight_in_order(tmp_path):
         weights = [tensor for name, tensor in parts.items() if name.endswith("weight")]
         biases = [tensor for name, tensor in parts.items() if name.endswith("bias")]
         assert len(weights) == len(biases) == num_parts
-        storage = linear.weight_OI.untyped_storage().data_ptr()
-        assert {tensor.untyped_storage().data_ptr() for tensor in weights} == {storage}
-        assert torch.equal(torch.cat(weights), linear.weight_OI)
+        assert torch.equal(torch.cat(weights), linear.weight.rows)
         assert torch.equal(torch.cat(biases), linear.bias_O)
 
 
-def test_tied_embeddings_are_one_tensor_counted_once(tmp_path):
+@needs_packing
+def test_tied_embeddings_are_one_tensor_until_a_packed_copy_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "can_pack", lambda dtype, device: False)
     tied = load(save_tiny_model(tmp_path / "tied", tie_word_embeddings=True))
     untied = load(save_tiny_model(tmp_path / "untied", tie_word_embeddings=False))
-    assert tied.lm_head_VD is tied.embedding_VD
-    assert untied.lm_head_VD.data_ptr() != untied.embedding_VD.data_ptr()
+    assert tied.lm_head.rows is tied.embedding_VD
+    assert untied.lm_head.rows is not untied.embedding_VD
     assert untied.num_bytes() - tied.num_bytes() == tied.embedding_VD.nbytes
+    tied.lm_head.pack_()
+    assert torch.equal(tied.lm_head.rows, tied.embedding_VD)
+    assert untied.num_bytes() == tied.num_bytes()
 
 
 def test_num_bytes_is_the_file_and_the_rope_table(tmp_path):
@@ -100,6 +110,39 @@ def test_num_bytes_is_the_file_and_the_rope_table(tmp_path):
     stored = sum(tensor.nbytes for tensor in load_file(path / SINGLE_FILE).values())
     rope_bytes = 256 * 8 * 4  # positions, head size, float32
     assert load(path).num_bytes() == stored + rope_bytes
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [0, 1, 3, 133])
+def test_a_packed_matrix_keeps_its_bits_and_its_products(num_rows, dtype):
+    if not can_pack(dtype, CPU):
+        pytest.skip(f"oneDNN does not compute {dtype} here")
+    generator = torch.Generator().manual_seed(0)
+    rows_OI = torch.randn(76, 133, generator=generator).to(dtype)
+    bias_O = torch.randn(76, generator=generator).to(dtype)
+    x_TI = torch.randn(num_rows, 2 * 133, generator=generator).to(dtype)[:, 133:]
+    weight = Weight(rows_OI)
+    expected_TO = weight.multiply(x_TI, bias_O)
+    weight.pack_()
+    assert weight.is_packed
+    assert torch.equal(weight.rows, rows_OI)
+    assert_close(weight.multiply(x_TI, bias_O), expected_TO, dtype)
+    assert_close(weight.multiply(x_TI), expected_TO - bias_O, dtype)
+
+
+@needs_packing
+def test_loading_packs_every_matrix_and_keeps_one_copy(tmp_path):
+    decoder = load(save_tiny_model(tmp_path))
+    assert len(decoder.matrices()) == 2 * 4 + 1
+    assert all(weight.is_packed for weight in decoder.matrices())
+    assert all(weight.rows is not weight.rows for weight in decoder.matrices())
+
+
+def test_only_float_dtypes_on_a_cpu_are_packed():
+    assert not can_pack(torch.float32, torch.device("meta"))
+    assert not can_pack(torch.float32, torch.device("cuda"))
+    assert not can_pack(torch.float64, CPU)
 
 
 def test_a_missing_tensor_is_refused_by_name(tmp_path):
@@ -161,7 +204,7 @@ def test_a_tied_model_may_repeat_its_embeddings_but_not_contradict_them(tmp_path
     path = save_tiny_model(tmp_path, tie_word_embeddings=True)
     rewrite(path, lambda tensors: tensors.update({LM_HEAD: tensors[EMBEDDING].clone()}))
     decoder = load(path)
-    assert decoder.lm_head_VD is decoder.embedding_VD
+    assert torch.equal(decoder.lm_head.rows, decoder.embedding_VD)
     rewrite(path, lambda tensors: tensors[LM_HEAD][132, 47].add_(1.0))
     with pytest.raises(ConfigError, match=f"'{LM_HEAD}' differs from '{EMBEDDING}'"):
         load(path)

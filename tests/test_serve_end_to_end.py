@@ -1,4 +1,4 @@
-"""`loraswarm serve` over HTTP with the official openai client: everything real, in two processes."""
+"""`loraswarm serve` as a user runs it, over HTTP with the official openai client."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from loraswarm.kernels import MAX_TILE_RANKS, TileTable
 class SiteWeights:
     """A [rank, in], B [out, rank] and the factor of one site of one adapter."""
 
-    a_RI: Tensor
-    b_OR: Tensor
+    a: Tensor
+    b: Tensor
     scale: float
 
 
@@ -60,9 +60,9 @@ class TilePool:
 
     def _add(self, weights: SiteWeights) -> list[tuple[int, int, int, float]]:
         tiles = []
-        for first in range(0, weights.a_RI.shape[0], MAX_TILE_RANKS):
-            a_RI = weights.a_RI[first : first + MAX_TILE_RANKS]
-            bt_RO = weights.b_OR[:, first : first + MAX_TILE_RANKS].T
+        for first in range(0, weights.a.shape[0], MAX_TILE_RANKS):
+            a_RI = weights.a[first : first + MAX_TILE_RANKS]
+            bt_RO = weights.b[:, first : first + MAX_TILE_RANKS].T
             offsets = self._append(a_RI), self._append(bt_RO)
             tiles.append((*offsets, a_RI.shape[0], weights.scale))
         return tiles

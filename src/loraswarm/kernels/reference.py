@@ -30,6 +30,7 @@ def lora_shrink(
     Source    Hu et al. 2021 (LoRA); grouping after SGMV in Punica (arXiv 2310.18547).
     """
     check_shrink(x_TI, pool, tiles)
+    check_sites(tiles, first_site, num_parts)
     num_tokens, in_features = x_TI.shape
     num_columns = MAX_TILE_RANKS * tiles.part_tiles(first_site, num_parts)
     h_QTR = torch.zeros(num_parts, num_tokens, num_columns, dtype=torch.float32)
@@ -63,6 +64,7 @@ def lora_expand_(
     Source    as `lora_shrink`.
     """
     check_expand(y_TO, h_QTR, pool, tiles, out_bounds)
+    check_sites(tiles, first_site, len(out_bounds) - 1)
     for part in range(len(out_bounds) - 1):
         low, high = out_bounds[part], out_bounds[part + 1]
         deltas: dict[tuple[int, int], Tensor] = {}
@@ -144,6 +146,15 @@ def check_shrink(x_TI: Tensor, pool: Tensor, tiles: TileTable) -> None:
     _require(
         tiles.segments.numel() == tiles.ranges.shape[1] + 1,
         "tiles.ranges has another number of segments than tiles.segments",
+    )
+
+
+def check_sites(tiles: TileTable, first_site: int, num_parts: int) -> None:
+    """Raise ValueError if a fused linear's sites are not all in the table."""
+    num_sites = len(tiles.max_tiles)
+    _require(
+        num_parts >= 1 and 0 <= first_site <= num_sites - num_parts,
+        f"sites {first_site} to {first_site + num_parts - 1} are not in a table of {num_sites}",
     )
 
 

@@ -1,0 +1,279 @@
+"""Attention of up to 64 query rows over a run of keys, page by page with a running softmax.
+
+A vector holds one value per row. Arrays of vectors are flat: element i of row r is at `i * lanes + r`.
+Scores are in units of log 2. Knows nothing about threads or other items. Called by
+kernels/cpu/attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from loraswarm.kernels.cpu.attention_plan import (
+    FEW_ROWS,
+    MANY_ROWS,
+    Item,
+    Options,
+    PagedKV,
+    Queries,
+    padded,
+    state_size,
+)
+from loraswarm.kernels.cpu.jit import called, inlined
+from loraswarm.kernels.cpu.vectors import (
+    add,
+    broadcast,
+    exp2,
+    load,
+    load_up_to,
+    maximum,
+    multiply,
+    multiply_add,
+    num_lanes,
+    store,
+    store_up_to,
+    subtract,
+    where_between,
+    zeros,
+)
+
+COPY_LANES = 16
+LOG2_E = np.float32(1.4426950408889634)
+FIRST_PEAK = np.float32(-1.0e30)  # below every score, far above a hidden one
+HIDDEN = np.float32(-3.0e38)
+
+
+class Scratch(NamedTuple):
+    """One thread's memory, float32.
+
+    `queries` [E, lanes], `low` and `high` [lanes] (first and last key each row sees), `keys` and
+    `values` [C, E], `scores` [C, lanes], `state` [E + 2, lanes] (output, then peaks, then sums),
+    `row` [E].
+    """
+
+    queries: Any
+    low: Any
+    high: Any
+    keys: Any
+    values: Any
+    scores: Any
+    state: Any
+    row: Any
+
+
+@inlined
+def new_scratch(head_size: int, page_tokens: int) -> Scratch:
+    """Memory for items of any number of rows."""
+    width, rows = padded(head_size), padded(page_tokens)
+    return Scratch(
+        np.empty(width * MANY_ROWS, np.float32),
+        np.empty(MANY_ROWS, np.float32),
+        np.empty(MANY_ROWS, np.float32),
+        np.empty(rows * width, np.float32),
+        np.empty(rows * width, np.float32),
+        np.empty(rows * MANY_ROWS, np.float32),
+        np.empty(state_size(head_size), np.float32),
+        np.empty(width, np.float32),
+    )
+
+
+@inlined
+def gather_rows(
+    zero: Any, item: Item, q: Queries, options: Options, head_size: int, scratch: Scratch
+) -> None:
+    """Fill `queries`, `low` and `high`; lanes without a row get zeros and see what the last does."""
+    lanes = num_lanes(zero)
+    factor = np.float32(options.scale) * LOG2_E
+    begin, end = q.starts[item.sequence], q.starts[item.sequence + 1]
+    for i in range(head_size):
+        store(zero, scratch.queries, i * lanes)
+    for row in range(item.num_rows):
+        token, head = divmod(item.first_row + row, item.group)
+        start = (begin + token) * q.token_stride
+        start += (item.head * item.group + head) * q.head_stride
+        copy_row(q.q, start, scratch.row, 0, head_size)
+        for i in range(head_size):
+            scratch.queries[i * lanes + row] = scratch.row[i] * factor
+    position = q.contexts[item.sequence] - (end - begin)
+    for row in range(lanes):
+        token = (item.first_row + min(row, item.num_rows - 1)) // item.group
+        scratch.high[row] = position + token
+        scratch.low[row] = 0
+        if options.window > 0:
+            scratch.low[row] = position + token - options.window + 1
+
+
+@inlined
+def attend_rows(
+    zero: Any, item: Item, page_ids: Any, kv: PagedKV, head_size: int, scratch: Scratch
+) -> None:
+    """Output before division, peaks and sums of the item's rows over its keys, into `state`."""
+    lanes = num_lanes(zero)
+    state = scratch.state
+    peaks, sums = broadcast(zero, FIRST_PEAK), zero
+    for i in range(padded(head_size)):
+        store(zero, state, i * lanes)
+    all_low, all_high = scratch.low[lanes - 1], scratch.high[0]
+    key = item.first_key
+    while key <= item.last_key:
+        page, row = divmod(key, kv.page_tokens)
+        count = min(kv.page_tokens - row, item.last_key + 1 - key)
+        start = kv.start + page_ids[page] * kv.page_stride
+        start += item.head * kv.head_stride + row * kv.token_stride
+        _widen_keys(kv, start, count, head_size, scratch)
+        _score_keys(zero, count, head_size, scratch)
+        if key < all_low or key + count - 1 > all_high:
+            _hide_keys(zero, key, count, scratch)
+        new_peaks = peaks
+        for i in range(count):
+            new_peaks = maximum(new_peaks, load(zero, scratch.scores, i * lanes))
+        shrinkage = exp2(subtract(peaks, new_peaks))
+        peaks, sums = new_peaks, multiply(sums, shrinkage)
+        for i in range(count):
+            weight = exp2(subtract(load(zero, scratch.scores, i * lanes), peaks))
+            store(weight, scratch.scores, i * lanes)
+            sums = add(sums, weight)
+        _add_values(shrinkage, count, head_size, scratch)
+        key += count
+    store(peaks, state, padded(head_size) * lanes)
+    store(sums, state, (padded(head_size) + 1) * lanes)
+
+
+@inlined
+def _widen_keys(kv: PagedKV, start: int, count: int, head_size: int, scratch: Scratch) -> None:
+    width = padded(head_size)
+    for i in range(count):
+        key = start + i * kv.token_stride
+        copy_row(kv.pages, key, scratch.keys, i * width, head_size)
+        copy_row(kv.pages, key + kv.value_offset, scratch.values, i * width, head_size)
+
+
+@called
+def copy_row(source: Any, source_start: int, target: Any, target_start: int, count: int) -> None:
+    """Copy elements between arrays of any two of the element types."""
+    zero = zeros(COPY_LANES)
+    for i in range(0, count, COPY_LANES):
+        value = load_up_to(zero, source, source_start + i, count - i)
+        store_up_to(value, target, target_start + i, count - i)
+
+
+@inlined
+def _score_keys(zero: Any, count: int, head_size: int, scratch: Scratch) -> None:
+    """scores[key, row] = keys[key] . queries[:, row]; rows past `count` hold anything."""
+    width = padded(head_size)
+    for i in range(0, count, 8):
+        scores = _product8(zero, scratch.keys, i * width, (width, 1), head_size, scratch.queries)
+        _store4(scores[0], scratch.scores, i * num_lanes(zero))
+        _store4(scores[1], scratch.scores, (i + 4) * num_lanes(zero))
+
+
+@inlined
+def _hide_keys(zero: Any, first_key: int, count: int, scratch: Scratch) -> None:
+    low, high = load(zero, scratch.low, 0), load(zero, scratch.high, 0)
+    hidden = broadcast(zero, HIDDEN)
+    for i in range(count):
+        key = broadcast(zero, np.float32(first_key + i))
+        scores = load(zero, scratch.scores, i * num_lanes(zero))
+        store(where_between(low, key, high, scores, hidden), scratch.scores, i * num_lanes(zero))
+
+
+@inlined
+def _add_values(shrinkage: Any, count: int, head_size: int, scratch: Scratch) -> None:
+    """state[i, row] = shrinkage * state[i, row] + sum over keys of values[key, i] * weights."""
+    lanes, width = num_lanes(shrinkage), padded(head_size)
+    zero = subtract(shrinkage, shrinkage)
+    for i in range(0, width, 8):
+        sums = _product8(zero, scratch.values, i, (1, width), count, scratch.scores)
+        _scale_and_add4(sums[0], scratch.state, i * lanes, shrinkage)
+        _scale_and_add4(sums[1], scratch.state, (i + 4) * lanes, shrinkage)
+
+
+@inlined
+def _product8(zero: Any, a: Any, start: int, steps: Any, count: int, b: Any) -> Any:
+    """For i < 8 the vectors: sum over k < count of a[start + i * steps[0] + k * steps[1]] * b[k].
+
+    Eight sums of one register, or twice four of several: what hides the latency of an addition.
+    """
+    none = (zero, zero, zero, zero)
+    first, second = none, none
+    half = start + 4 * steps[0]
+    if num_lanes(zero) > FEW_ROWS:
+        for k in range(count):
+            vector = load(zero, b, k * num_lanes(zero))
+            first = _multiply_add4(vector, a, start + k * steps[1], steps[0], first)
+        for k in range(count):
+            vector = load(zero, b, k * num_lanes(zero))
+            second = _multiply_add4(vector, a, half + k * steps[1], steps[0], second)
+    else:
+        for k in range(count):
+            vector = load(zero, b, k * num_lanes(zero))
+            first = _multiply_add4(vector, a, start + k * steps[1], steps[0], first)
+            second = _multiply_add4(vector, a, half + k * steps[1], steps[0], second)
+    return first, second
+
+
+@inlined
+def _multiply_add4(vector: Any, a: Any, index: int, step: int, sums: Any) -> Any:
+    return (
+        multiply_add(vector, broadcast(vector, a[index]), sums[0]),
+        multiply_add(vector, broadcast(vector, a[index + step]), sums[1]),
+        multiply_add(vector, broadcast(vector, a[index + 2 * step]), sums[2]),
+        multiply_add(vector, broadcast(vector, a[index + 3 * step]), sums[3]),
+    )
+
+
+@inlined
+def _store4(values: Any, array: Any, index: int) -> None:
+    lanes = num_lanes(values[0])
+    store(values[0], array, index)
+    store(values[1], array, index + lanes)
+    store(values[2], array, index + 2 * lanes)
+    store(values[3], array, index + 3 * lanes)
+
+
+@inlined
+def _scale_and_add4(addends: Any, array: Any, index: int, factor: Any) -> None:
+    """array = array * factor + addend, for four vectors."""
+    lanes = num_lanes(factor)
+    new = (
+        multiply_add(load(factor, array, index), factor, addends[0]),
+        multiply_add(load(factor, array, index + lanes), factor, addends[1]),
+        multiply_add(load(factor, array, index + 2 * lanes), factor, addends[2]),
+        multiply_add(load(factor, array, index + 3 * lanes), factor, addends[3]),
+    )
+    _store4(new, array, index)
+
+
+@inlined
+def join_spans(zero: Any, partials: Any, head_size: int, state: Any) -> None:
+    """The state over all keys from those of spans of them, in order."""
+    lanes, width = num_lanes(zero), padded(head_size)
+    peaks, sums = broadcast(zero, FIRST_PEAK), zero
+    for span in range(partials.shape[0]):
+        peaks = maximum(peaks, load(zero, partials[span], width * lanes))
+    for i in range(width):
+        store(zero, state, i * lanes)
+    for span in range(partials.shape[0]):
+        partial = partials[span]
+        weight = exp2(subtract(load(zero, partial, width * lanes), peaks))
+        sums = multiply_add(load(zero, partial, (width + 1) * lanes), weight, sums)
+        for i in range(width):
+            value = load(zero, partial, i * lanes)
+            store(multiply_add(value, weight, load(zero, state, i * lanes)), state, i * lanes)
+    store(sums, state, (width + 1) * lanes)
+
+
+@inlined
+def write_rows(zero: Any, item: Item, first_token: int, out_THE: Any, scratch: Scratch) -> None:
+    """Divide by the sums and round: the item's rows of the output."""
+    num_heads, head_size = out_THE.shape[1:]
+    lanes, state = num_lanes(zero), scratch.state
+    for row in range(item.num_rows):
+        token, head = divmod(item.first_row + row, item.group)
+        sum_of_weights = state[(padded(head_size) + 1) * lanes + row]
+        for i in range(head_size):
+            scratch.row[i] = state[i * lanes + row] / sum_of_weights
+        index = ((first_token + token) * num_heads + item.head * item.group + head) * head_size
+        copy_row(scratch.row, 0, out_THE, index, head_size)

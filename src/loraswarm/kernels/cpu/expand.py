@@ -1,0 +1,174 @@
+"""The expand kernel: each element of Bt is read once for all tokens of its segment.
+
+A vector of columns stays in registers while all ranks are added to it. Called by kernels/cpu/lora
+only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import prange
+
+from loraswarm.kernels import MAX_TILE_RANKS
+from loraswarm.kernels.cpu.jit import add_atomically, inlined, kernel
+from loraswarm.kernels.cpu.tiles import (
+    Limits,
+    TileArrays,
+    ceil_divide,
+    check_tiles,
+    first_items,
+    locate,
+)
+from loraswarm.kernels.cpu.vectors import (
+    add,
+    broadcast,
+    load,
+    load_up_to,
+    multiply_add,
+    num_lanes,
+    store,
+    store_up_to,
+    zeros,
+)
+
+PIECE_COLUMNS = 256
+ONE_TOKEN_LANES = 256  # long runs of each row of Bt: a single token waits for memory
+FOUR_TOKEN_LANES = 64
+TAIL_LANES = 16
+
+
+class Update(NamedTuple):
+    """What one segment adds to columns of `y` at one part.
+
+    Row t of the segment begins in `y` at `y_start + t * y_stride`; `h` are its rows [T, R] at this
+    part; its tiles are `first_tile : last_tile`, with rows of `width` elements.
+    """
+
+    y: Any
+    y_start: int
+    y_stride: int
+    h_TR: Any
+    first_tile: int
+    last_tile: int
+    width: int
+
+
+@kernel
+def expand(y: Any, y_stride: int, h_QTR: Any, tiles: TileArrays, limits: Limits) -> None:
+    """`kernels.reference.lora_expand_` on the flat `y`, for the segments within `limits`."""
+    check_tiles(tiles, h_QTR)
+    num_parts, num_segments = tiles.ranges.shape[:2]
+    pieces_U = np.zeros(num_parts * num_segments, np.int64)
+    for unit in range(pieces_U.size):
+        part, segment = divmod(unit, num_segments)
+        if tiles.ranges[part, segment, 0] < tiles.ranges[part, segment, 1]:
+            pieces_U[unit] = ceil_divide(tiles.widths[part], PIECE_COLUMNS)
+    first_item = first_items(tiles, pieces_U, limits.max_tokens)
+    next_item = np.zeros(1, np.int64)
+    for _ in prange(limits.num_threads):
+        _expand_items(y, y_stride, h_QTR, tiles, first_item, next_item)
+
+
+@inlined
+def _expand_items(
+    y: Any, y_stride: int, h_QTR: Any, tiles: TileArrays, first_item: Any, next_item: Any
+) -> None:
+    """One thread's share: items until none is left."""
+    item = add_atomically(next_item, 0, 1)
+    while item < first_item[-1]:
+        part, segment, piece, begin, end = locate(item, tiles, first_item)
+        first_tile, last_tile = tiles.ranges[part, segment]
+        y_start = begin * y_stride + tiles.widths[:part].sum()
+        h_TR, width = h_QTR[part, begin:end], tiles.widths[part]
+        update = Update(y, y_start, y_stride, h_TR, first_tile, last_tile, width)
+        low = piece * PIECE_COLUMNS
+        high = min(low + PIECE_COLUMNS, width)
+        if end - begin == 1:
+            low = _expand_one(zeros(ONE_TOKEN_LANES), update, tiles, low, high)
+            low = _expand_one(zeros(FOUR_TOKEN_LANES), update, tiles, low, high)
+            if low < high:
+                _expand_one(zeros(TAIL_LANES), update, tiles, low, high + TAIL_LANES - 1)
+        else:
+            low = _expand_many(zeros(FOUR_TOKEN_LANES), update, tiles, low, high)
+            if low < high:
+                _expand_many(zeros(TAIL_LANES), update, tiles, low, high + TAIL_LANES - 1)
+        item = add_atomically(next_item, 0, 1)
+
+
+@inlined
+def _expand_one(zero: Any, update: Update, tiles: TileArrays, low: int, high: int) -> int:
+    """Update columns from `low` of one token, while a vector fits below `high`; returns the next."""
+    while low + num_lanes(zero) <= high:
+        delta = zero
+        for tile in range(update.first_tile, update.last_tile):
+            bt_index = tiles.offset[tile] + low
+            column = (tile - update.first_tile) * MAX_TILE_RANKS
+            for rank in range(column, column + tiles.ranks[tile]):
+                bt = _load_columns(zero, tiles.pool, bt_index, update.width - low)
+                factor = broadcast(zero, update.h_TR[0, rank] * tiles.scale[tile])
+                delta = multiply_add(bt, factor, delta)
+                bt_index += update.width
+        _add_to_row(delta, update, 0, low)
+        low += num_lanes(zero)
+    return low
+
+
+@inlined
+def _expand_many(zero: Any, update: Update, tiles: TileArrays, low: int, high: int) -> int:
+    """`_expand_one` for all tokens, four at a time; the last stands in for what is missing."""
+    num_tokens = update.h_TR.shape[0]
+    last = num_tokens - 1
+    while low + num_lanes(zero) <= high:
+        for token in range(0, num_tokens, 4):
+            tokens = (token, min(token + 1, last), min(token + 2, last), min(token + 3, last))
+            deltas = _sum_ranks4(zero, update, tiles, tokens, low)
+            _add_to_row(deltas[0], update, token, low)
+            if token + 1 < num_tokens:
+                _add_to_row(deltas[1], update, token + 1, low)
+            if token + 2 < num_tokens:
+                _add_to_row(deltas[2], update, token + 2, low)
+            if token + 3 < num_tokens:
+                _add_to_row(deltas[3], update, token + 3, low)
+        low += num_lanes(zero)
+    return low
+
+
+@inlined
+def _sum_ranks4(zero: Any, update: Update, tiles: TileArrays, tokens: Any, low: int) -> Any:
+    deltas = (zero, zero, zero, zero)
+    h_TR = update.h_TR
+    for tile in range(update.first_tile, update.last_tile):
+        bt_index = tiles.offset[tile] + low
+        column = (tile - update.first_tile) * MAX_TILE_RANKS
+        scale = tiles.scale[tile]
+        for rank in range(column, column + tiles.ranks[tile]):
+            bt = _load_columns(zero, tiles.pool, bt_index, update.width - low)
+            deltas = (
+                multiply_add(bt, broadcast(zero, h_TR[tokens[0], rank] * scale), deltas[0]),
+                multiply_add(bt, broadcast(zero, h_TR[tokens[1], rank] * scale), deltas[1]),
+                multiply_add(bt, broadcast(zero, h_TR[tokens[2], rank] * scale), deltas[2]),
+                multiply_add(bt, broadcast(zero, h_TR[tokens[3], rank] * scale), deltas[3]),
+            )
+            bt_index += update.width
+    return deltas
+
+
+@inlined
+def _add_to_row(delta: Any, update: Update, token: int, low: int) -> None:
+    index = update.y_start + token * update.y_stride + low
+    count = update.width - low
+    y = add(_load_columns(delta, update.y, index, count), delta)
+    if num_lanes(delta) == TAIL_LANES:
+        store_up_to(y, update.y, index, count)
+    else:
+        store(y, update.y, index)
+
+
+@inlined
+def _load_columns(like: Any, array: Any, index: int, count: int) -> Any:
+    """Only the narrowest vectors meet the end of a row."""
+    if num_lanes(like) == TAIL_LANES:
+        return load_up_to(like, array, index, count)
+    return load(like, array, index)

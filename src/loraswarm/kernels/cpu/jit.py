@@ -1,0 +1,100 @@
+"""How the kernels are compiled, cached on disk and spread over threads.
+
+Knows nothing about what they compute. A kernel splits its work into items that do not depend on the
+number of threads; an atomic counter hands them out, so that a slow thread takes fewer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+import torch
+from numba import types
+from numba.extending import intrinsic
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# "omp" finds the OpenMP that torch has loaded: one pool of threads. With another layer every change
+# between a matmul and a kernel waits for the other's spinning threads, and `workqueue` ends the
+# process if two threads call it at once.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+
+PARALLEL_PRODUCTS = 1 << 16
+
+
+def _cache_directory() -> str:
+    """Where compiled kernels are kept: a new directory for each state of this package's sources.
+
+    Numba alone looks only at the file of the outermost function, not at what it inlines.
+    """
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for source in (here.parent / "__init__.py", *sorted(here.glob("*.py"))):
+        digest.update(source.read_bytes())
+    root = Path(numba.config.CACHE_DIR or Path.home() / ".cache" / "loraswarm")
+    return str(root / f"kernels-{digest.hexdigest()[:16]}")
+
+
+_CACHE_DIRECTORY = _cache_directory()
+
+
+class Threads:
+    """How many threads every kernel uses, whichever thread calls it."""
+
+    def __init__(self) -> None:
+        self._count = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+
+    def wake(self, num_products: int) -> int:
+        """How many threads to use for so many multiply-adds; Numba will start that many.
+
+        One, if waking the others would take longer than the work.
+        """
+        count = self._count if num_products >= PARALLEL_PRODUCTS else 1
+        numba.set_num_threads(count)
+        return count
+
+    def set_count(self, count: int) -> None:
+        """Raises ValueError unless `count` is from 1 to the number of CPUs of this process."""
+        most = numba.config.NUMBA_NUM_THREADS
+        if not 1 <= count <= most:
+            raise ValueError(f"num_threads is {count}; this process can use from 1 to {most}")
+        self._count = count
+
+
+threads = Threads()
+
+
+def kernel(function: Function) -> Function:
+    """Compile on first call for the types it gets, and keep the result on disk."""
+    previous = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = _CACHE_DIRECTORY
+    try:
+        return numba.njit(parallel=True, nogil=True, cache=True)(function)
+    finally:
+        numba.config.CACHE_DIR = previous
+
+
+def called(function: Function) -> Function:
+    """A part of a kernel without vectors in its signature, compiled once however often it is used."""
+    return numba.njit(nogil=True)(function)
+
+
+def inlined(function: Function) -> Function:
+    """A part of a kernel; vectors stay in registers across its calls."""
+    return numba.njit(nogil=True, forceinline=True)(function)
+
+
+@intrinsic
+def add_atomically(context: Any, array: Any, index: Any, amount: Any) -> Any:
+    """Add to one element of an int64 array and return what it was before."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        data = context.make_array(array)(context, builder, values[0]).data
+        return builder.atomic_rmw("add", builder.gep(data, [values[1]]), values[2], "seq_cst")
+
+    return types.int64(array, types.intp, types.int64), generate

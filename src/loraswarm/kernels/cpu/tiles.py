@@ -1,0 +1,104 @@
+"""The work of one LoRA kernel call, cut into items for the threads.
+
+Items depend on the batch alone, never on the number of threads, and every sum inside an item has one
+order, so results are equal bit for bit however many threads run. Used by shrink and expand.
+
+    unit   one segment at one part of a fused linear
+    piece  shrink: 4 rows of one A; expand: 256 columns of all Bt
+    item   a piece of a unit for 16 of its tokens
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from loraswarm.kernels import MAX_TILE_RANKS
+from loraswarm.kernels.cpu.jit import inlined
+
+ITEM_TOKENS = 16
+
+
+class TileArrays(NamedTuple):
+    """What one fused linear uses of a `TileTable`, as arrays.
+
+    `ranges` [Q, G, 2] holds its parts only; `offset` is that of A or of Bt; `widths` [Q] is the
+    length of a tile's rows in each part.
+    """
+
+    pool: Any
+    segments: Any
+    ranges: Any
+    offset: Any
+    ranks: Any
+    scale: Any
+    widths: Any
+
+
+class Limits(NamedTuple):
+    """Segments of more than `max_tokens` tokens are skipped; at most `num_threads` threads run."""
+
+    max_tokens: int
+    num_threads: int
+
+
+@inlined
+def check_tiles(tiles: TileArrays, h_QTR: Any) -> None:
+    """Raise ValueError where a table would lead outside of the pool or of the batch."""
+    num_parts, num_segments = tiles.ranges.shape[:2]
+    if tiles.segments[0] != 0 or tiles.segments[num_segments] != h_QTR.shape[1]:
+        raise ValueError("tiles.segments must go from 0 to the number of tokens")
+    for segment in range(num_segments):
+        if tiles.segments[segment] > tiles.segments[segment + 1]:
+            raise ValueError("tiles.segments must ascend")
+    for part in range(num_parts):
+        for segment in range(num_segments):
+            first, last = tiles.ranges[part, segment]
+            if first < last and (first < 0 or last > tiles.offset.size):
+                raise ValueError("tiles.ranges names tiles that do not exist")
+            if (last - first) * MAX_TILE_RANKS > h_QTR.shape[2]:
+                raise ValueError("h_QTR has fewer columns than tiles.ranges needs")
+            for tile in range(first, last):
+                _check_tile(tiles, tile, tiles.widths[part])
+
+
+@inlined
+def _check_tile(tiles: TileArrays, tile: int, width: int) -> None:
+    ranks, offset = tiles.ranks[tile], tiles.offset[tile]
+    if ranks < 1 or ranks > MAX_TILE_RANKS:
+        raise ValueError("tiles.ranks must be from 1 to 16")
+    if offset < 0 or offset + ranks * width > tiles.pool.size:
+        raise ValueError("a tile lies outside of the pool: tiles.a_offset or tiles.bt_offset")
+
+
+@inlined
+def ceil_divide(amount: int, unit: int) -> int:
+    """How many units hold `amount`."""
+    return (amount + unit - 1) // unit
+
+
+@inlined
+def first_items(tiles: TileArrays, pieces_U: Any, max_tokens: int) -> Any:
+    """The number of each unit's first item, then the number of all items."""
+    num_segments = tiles.ranges.shape[1]
+    first_item = np.zeros(pieces_U.size + 1, np.int64)
+    for unit in range(pieces_U.size):
+        segment = unit % num_segments
+        num_tokens = tiles.segments[segment + 1] - tiles.segments[segment]
+        blocks = 0
+        if num_tokens <= max_tokens:
+            blocks = ceil_divide(num_tokens, ITEM_TOKENS)
+        first_item[unit + 1] = first_item[unit] + pieces_U[unit] * blocks
+    return first_item
+
+
+@inlined
+def locate(item: int, tiles: TileArrays, first_item: Any) -> tuple[int, int, int, int, int]:
+    """(part, segment, piece, first token, end token) of an item."""
+    unit = np.searchsorted(first_item, item, side="right") - 1
+    part, segment = divmod(unit, tiles.ranges.shape[1])
+    begin, end = np.int64(tiles.segments[segment]), np.int64(tiles.segments[segment + 1])
+    piece, block = divmod(item - first_item[unit], ceil_divide(end - begin, ITEM_TOKENS))
+    begin += block * ITEM_TOKENS
+    return part, segment, piece, begin, min(begin + ITEM_TOKENS, end)

@@ -1,0 +1,1 @@
+"""The parts of a decoder layer. Only `linear` knows that adapters exist."""

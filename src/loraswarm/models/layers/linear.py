@@ -1,0 +1,64 @@
+"""The base linear and, on top of it, the tiles of each token's adapters.
+
+The only place in the models that knows adapters exist, and only as an optional tile table. Owns the
+fused weight of one or more target linears that read the same input.
+Legend: T tokens, I in features, O out features, Q parts of a fused linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+
+from torch import Tensor
+
+from loraswarm.core.base_shape import TARGETS, BaseShape, module_path
+from loraswarm.models.batch import Batch
+from loraswarm.models.layers.backend import Backend
+from loraswarm.models.layers.weight import Weight
+
+
+class LoraLinear:
+    """Adjacent targets of one layer as one linear: y = x Wᵀ + b, then the adapters' updates.
+
+        weight  | q_proj [Oq, I] | k_proj [Ok, I] | v_proj [Ov, I] |      one GEMM for all parts
+                0                Oq               Oq + Ok          O      = out_bounds
+
+    Part q of a batch's tiles is site `first_site + q`.
+    """
+
+    def __init__(
+        self, backend: Backend, shape: BaseShape, layer: int, targets: range, has_bias: bool
+    ) -> None:
+        in_features = shape.target_sizes[targets[0]][0]
+        out_sizes = [shape.target_sizes[target][1] for target in targets]
+        assert all(shape.target_sizes[target][0] == in_features for target in targets)
+        self.first_site = layer * len(TARGETS) + targets[0]
+        self.num_parts = len(targets)
+        self.out_bounds = (0, *accumulate(out_sizes))
+        self.weight = Weight(backend.allocate(self.out_bounds[-1], in_features))
+        self.bias_O = backend.allocate(self.out_bounds[-1]) if has_bias else None
+        self._kernels = backend.kernels
+        self._paths = [module_path(layer, target) for target in targets]
+
+    def forward(self, x_TI: Tensor, batch: Batch) -> Tensor:
+        """y [T, O] of x's dtype, a new tensor. x must be contiguous where the batch has tiles."""
+        y_TO = self.weight.multiply(x_TI, self.bias_O)
+        tiles = batch.tiles
+        if tiles is not None and tiles.part_tiles(self.first_site, self.num_parts) > 0:
+            h_QTR = self._kernels.lora_shrink(
+                x_TI, batch.pool, tiles, self.first_site, self.num_parts
+            )
+            self._kernels.lora_expand_(
+                y_TO, h_QTR, batch.pool, tiles, self.first_site, self.out_bounds
+            )
+        return y_TO
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint names and the slices of the fused tensors they fill (copies once packed)."""
+        weight_OI = self.weight.rows
+        bounds = pairwise(self.out_bounds)
+        for path, (low, high) in zip(self._paths, bounds, strict=True):
+            yield f"{path}.weight", weight_OI[low:high]
+            if self.bias_O is not None:
+                yield f"{path}.bias", self.bias_O[low:high]

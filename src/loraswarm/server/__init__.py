@@ -1,0 +1,1 @@
+"""HTTP only: the OpenAI API, health and shutdown over any EngineClient."""
