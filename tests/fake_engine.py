@@ -7,7 +7,7 @@ are made up but of the right form.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, cycle
 
@@ -89,7 +89,7 @@ class FakeEngine:
     def is_alive(self) -> bool:
         return not self._closed.is_set()
 
-    async def generate(self, request: Request) -> AsyncIterator[SequenceEvent]:
+    async def generate(self, request: Request) -> AsyncGenerator[SequenceEvent, None]:
         """Yield the scripted tokens and one terminal event; closing early counts as an abort."""
         self.requests.append(request)
         self.num_open += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraswarm.adapters.adapter import AdapterInfo, ModuleInfo
-from loraswarm.core.base_shape import TARGETS, BaseShape
+from loraswarm.core.base_shape import BaseShape
 from loraswarm.core.request import Request, SamplingParams
 from loraswarm.core.sequence import Sequence
 from loraswarm.engine.policies import FirstComeFirstServed

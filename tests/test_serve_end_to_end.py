@@ -92,7 +92,9 @@ def test_sixty_four_streams_over_sixteen_adapters_equal_each_alone(server):
 
 def test_a_refused_adapter_and_an_unknown_one_say_why_and_the_next_request_works(server):
     with openai_client(server.base_url) as client:
-        with pytest.raises(openai.UnprocessableEntityError, match=r"adapter_config\.json"):
+        with pytest.raises(
+            openai.UnprocessableEntityError, match=r"adapter_model\.safetensors is missing"
+        ):
             client.completions.create(model="broken", prompt="x")
         with pytest.raises(openai.NotFoundError, match="a000, a001"):
             client.completions.create(model="a-file.txt", prompt="x")

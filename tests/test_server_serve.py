@@ -48,7 +48,10 @@ class Scene:
 
 async def connect_until_refused(http: httpx.AsyncClient) -> None:
     while True:
-        await http.get("/v1/health/live", headers={"Connection": "close"})
+        try:
+            await http.get("/v1/health/live", headers={"Connection": "close"})
+        except (httpx.ReadError, httpx.RemoteProtocolError):
+            continue  # accepted by the kernel while the server was closing
 
 
 def play(

@@ -6,15 +6,17 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import openai
 import pytest
+from starlette.types import Message
 
 import tiny_tokenizers
 from fake_engine import FakeEngine
 from loraswarm.core.events import SequenceEvent
 from loraswarm.core.request import Request
+from loraswarm.server.streaming import EventStream
 from server_harness import (
     TIMEOUT_S,
     RunningServer,
@@ -98,6 +100,37 @@ def test_a_failure_on_the_way_is_an_error_event_and_the_end() -> None:
             pytest.raises(openai.APIError, match="failed this request"),
         ):
             list(client.completions.create(model="tiny", prompt=LONG_PROMPT, stream=True))
+
+
+def test_a_stream_closes_its_work_when_the_client_goes_while_nothing_can_be_sent() -> None:
+    is_closed = False
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        nonlocal is_closed
+        try:
+            while True:
+                yield b"data: {}\n\n"
+        finally:
+            is_closed = True
+
+    async def run() -> None:
+        blocked = asyncio.Event()
+
+        async def send(message: Message) -> None:
+            if message.get("body") == b"data: {}\n\n":
+                blocked.set()
+                await asyncio.Event().wait()
+
+        async def receive() -> Message:
+            await blocked.wait()
+            return {"type": "http.disconnect"}
+
+        work = events()
+        stream = EventStream(b"first", work)
+        await stream({"type": "http"}, receive, send)
+        assert is_closed
+
+    asyncio.run(run())
 
 
 class AbortingEngine(FakeEngine):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,7 @@ class EngineInfo:
     max_model_len: int
     vocab_size: int
     end_token_ids: tuple[int, ...]
+    weight_bytes: int
     num_pages: int
     page_bytes: int
     page_tokens: int
@@ -64,10 +65,10 @@ class EngineClient(Protocol):
     @property
     def is_alive(self) -> bool: ...
 
-    def generate(self, request: Request) -> AsyncIterator[SequenceEvent]:
+    def generate(self, request: Request) -> AsyncGenerator[SequenceEvent, None]:
         """Submit `request` and yield its events; the last one is terminal.
 
-        Closing the iterator before its end aborts the request. An engine that dies yields a
+        Closing the generator before its end aborts the request. An engine that dies yields a
         terminal error event.
         """
         ...

@@ -11,7 +11,7 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import zmq
@@ -102,7 +102,7 @@ class ChildEngineClient:
     def pid(self) -> int:
         return self._process.pid
 
-    async def generate(self, request: Request) -> AsyncIterator[SequenceEvent]:
+    async def generate(self, request: Request) -> AsyncGenerator[SequenceEvent, None]:
         """Submit and yield events until the terminal one; closing early aborts the request."""
         if request.request_id in self._queues:
             raise ValueError(f"request id {request.request_id!r} is already in use")

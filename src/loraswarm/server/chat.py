@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
@@ -26,7 +25,7 @@ from loraswarm.server.prompts import chat_prompt
 from loraswarm.server.sampling import chat_params
 from loraswarm.server.schema import ChatBody, read_body
 from loraswarm.server.service import Service
-from loraswarm.server.streaming import DONE, open_stream, sse, unless_disconnected
+from loraswarm.server.streaming import open_stream, unless_disconnected
 from loraswarm.text.generation import TextDelta
 
 ROLE = {"role": "assistant", "content": ""}
@@ -39,7 +38,7 @@ async def create_chat_completion(service: Service, request: Request) -> Response
         raise InvalidRequest("prompt_logprobs cannot be streamed", "prompt_logprobs")
     prompt = await chat_prompt(body, service.tokenizer)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
-    envelope = Envelope(kind, body.model, "chatcmpl")
+    envelope = Envelope(kind, "chatcmpl", body)
     generation = plan_generation(
         service, envelope.response_id, [prompt], chat_params(body), body.model, body.n
     )
@@ -64,15 +63,15 @@ class _Writer:
         body = self._body
         choices = [self._whole_choice(i, answer) for i, answer in enumerate(answers)]
         self._envelope.num_completion_tokens = sum(len(a.token_ids) for a in answers)
-        response = self._envelope.body(choices) | {"usage": self._envelope.usage()}
+        more: dict[str, Any] = {}
         of_prompt = answers[0].prompt_logprobs
         if body.prompt_logprobs is not None and of_prompt is not None:
-            response["prompt_logprobs"] = shapes.prompt_logprobs(
+            more["prompt_logprobs"] = shapes.prompt_logprobs(
                 self._service.tokenizer, of_prompt, body.prompt_logprobs
             )
         if body.return_token_ids:
-            response["prompt_token_ids"] = generation.choices[0].prompt.token_ids
-        return msgspec.json.encode(response)
+            more["prompt_token_ids"] = generation.choices[0].prompt.token_ids
+        return self._envelope.whole(choices, **more)
 
     async def chunks(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         """The events of a streamed response; each choice begins with its role."""
@@ -86,12 +85,10 @@ class _Writer:
                     begun.add(choice.index)
                 self._envelope.num_completion_tokens += len(delta.token_ids)
                 if self._is_worth_sending(delta):
-                    events += self._chunk(self._chunk_choice(choice.index, delta))
+                    events += self._envelope.chunk(self._chunk_choice(choice.index, delta))
                 if events:
                     yield events
-        if self._body.includes_usage:
-            yield sse(self._envelope.body([]) | {"usage": self._envelope.usage()})
-        yield DONE
+        yield self._envelope.closing()
 
     def _is_worth_sending(self, delta: TextDelta) -> bool:
         body = self._body
@@ -102,14 +99,8 @@ class _Writer:
     def _opening(self, choice: Choice, is_first: bool) -> bytes:
         part = {"index": choice.index, "delta": ROLE, "logprobs": None, "finish_reason": None}
         if is_first and self._body.return_token_ids:
-            return self._chunk(part, prompt_token_ids=choice.prompt.token_ids)
-        return self._chunk(part)
-
-    def _chunk(self, choice: dict[str, Any], **more: Any) -> bytes:
-        chunk = self._envelope.body([choice]) | more
-        if self._body.includes_usage:
-            chunk["usage"] = self._envelope.usage() if self._body.counts_continuously else None
-        return sse(chunk)
+            return self._envelope.chunk(part, prompt_token_ids=choice.prompt.token_ids)
+        return self._envelope.chunk(part)
 
     def _chunk_choice(self, index: int, delta: TextDelta) -> dict[str, Any]:
         part: dict[str, Any] = {

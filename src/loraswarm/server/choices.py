@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import cast
 
 from loraswarm.core.events import FinishReason, TokenLogprob
 from loraswarm.core.request import Request, SamplingParams, check_context
@@ -137,11 +136,8 @@ async def collect_answers(service: Service, generation: Generation) -> list[Answ
 async def _run_one(
     service: Service, choice: Choice
 ) -> AsyncGenerator[tuple[Choice, TextDelta], None]:
-    deltas = cast(
-        AsyncGenerator[TextDelta, None],
-        stream_text(service.client, choice.request, service.tokenizer),
-    )
-    async with aclosing(deltas):
+    stream = stream_text(service.client, choice.request, service.tokenizer)
+    async with aclosing(stream) as deltas:
         async for delta in deltas:
             yield choice, delta
 

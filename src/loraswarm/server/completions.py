@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
@@ -26,7 +25,7 @@ from loraswarm.server.prompts import completion_prompts
 from loraswarm.server.sampling import completion_params
 from loraswarm.server.schema import CompletionBody, read_body
 from loraswarm.server.service import Service
-from loraswarm.server.streaming import DONE, open_stream, sse, unless_disconnected
+from loraswarm.server.streaming import open_stream, unless_disconnected
 from loraswarm.text.generation import TextDelta
 
 
@@ -37,7 +36,7 @@ async def create_completion(service: Service, request: Request) -> Response:
         raise InvalidRequest("prompt_logprobs cannot be streamed", "prompt_logprobs")
     vocab_size = service.client.info.vocab_size
     prompts = await completion_prompts(body, service.tokenizer, vocab_size)
-    envelope = Envelope("text_completion", body.model, "cmpl")
+    envelope = Envelope("text_completion", "cmpl", body)
     generation = plan_generation(
         service, envelope.response_id, prompts, completion_params(body), body.model, body.n
     )
@@ -62,8 +61,7 @@ class _Writer:
         pairs = zip(generation.choices, answers, strict=True)
         choices = [self._whole_choice(choice, answer) for choice, answer in pairs]
         self._envelope.num_completion_tokens = sum(len(a.token_ids) for a in answers)
-        response = self._envelope.body(choices) | {"usage": self._envelope.usage()}
-        return msgspec.json.encode(response)
+        return self._envelope.whole(choices)
 
     async def chunks(self, generation: Generation) -> AsyncGenerator[bytes, None]:
         """The events of a streamed response."""
@@ -75,22 +73,14 @@ class _Writer:
                 begun.add(choice.index)
                 self._envelope.num_completion_tokens += len(delta.token_ids)
                 if self._is_worth_sending(delta, is_first):
-                    yield self._chunk(self._chunk_choice(choice, delta, is_first))
-        if self._body.includes_usage:
-            yield sse(self._envelope.body([]) | {"usage": self._envelope.usage()})
-        yield DONE
+                    yield self._envelope.chunk(self._chunk_choice(choice, delta, is_first))
+        yield self._envelope.closing()
 
     def _is_worth_sending(self, delta: TextDelta, is_first: bool) -> bool:
         body = self._body
         if delta.text or delta.finish_reason is not None or (is_first and body.echo):
             return True
         return body.logprobs is not None or body.return_token_ids or body.counts_continuously
-
-    def _chunk(self, choice: dict[str, Any]) -> bytes:
-        chunk = self._envelope.body([choice])
-        if self._body.includes_usage:
-            chunk["usage"] = self._envelope.usage() if self._body.counts_continuously else None
-        return sse(chunk)
 
     def _chunk_choice(self, choice: Choice, delta: TextDelta, is_first: bool) -> dict[str, Any]:
         echoes = self._body.echo and is_first

@@ -4,37 +4,52 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 
-@dataclass(slots=True)
+from loraswarm.server.schema import GenerationBody
+from loraswarm.server.streaming import DONE, as_event
+
+
 class Envelope:
-    """One response; counts the tokens of all its choices. `created_s` is seconds since 1970."""
+    """One response to `body`; its user counts the tokens of all choices here."""
 
-    kind: str
-    model: str
-    id_prefix: str
-    num_prompt_tokens: int = 0
-    num_completion_tokens: int = 0
-    created_s: int = field(default_factory=lambda: int(time.time()))
-    response_id: str = ""
+    def __init__(self, kind: str, id_prefix: str, body: GenerationBody) -> None:
+        self.response_id = f"{id_prefix}-{uuid.uuid4().hex}"
+        self.num_prompt_tokens = 0
+        self.num_completion_tokens = 0
+        self._kind = kind
+        self._body = body
+        self._created_s = int(time.time())
 
-    def __post_init__(self) -> None:
-        self.response_id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+    def whole(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        """A response that is not streamed."""
+        return msgspec.json.encode({**self._around(choices), **more, "usage": self._usage()})
 
-    def body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """The object with `choices` in it."""
+    def chunk(self, choice: dict[str, Any], **more: Any) -> bytes:
+        """One event of a streamed response."""
+        chunk = self._around([choice]) | more
+        if self._body.includes_usage:
+            chunk["usage"] = self._usage() if self._body.counts_continuously else None
+        return as_event(chunk)
+
+    def closing(self) -> bytes:
+        """The last events of a streamed response: the counts if asked for, and the end."""
+        if not self._body.includes_usage:
+            return DONE
+        return as_event(self._around([]) | {"usage": self._usage()}) + DONE
+
+    def _around(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self.response_id,
-            "object": self.kind,
-            "created": self.created_s,
-            "model": self.model,
+            "object": self._kind,
+            "created": self._created_s,
+            "model": self._body.model,
             "choices": choices,
         }
 
-    def usage(self) -> dict[str, int]:
-        """The counts so far."""
+    def _usage(self) -> dict[str, int]:
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_completion_tokens,

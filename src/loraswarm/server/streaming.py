@@ -24,7 +24,7 @@ DONE = b"data: [DONE]\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-def sse(body: dict[str, Any]) -> bytes:
+def as_event(body: dict[str, Any]) -> bytes:
     """One server-sent event."""
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
@@ -50,11 +50,7 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
 
 async def open_stream(request: Request, events: AsyncGenerator[bytes, None]) -> Response:
     """A streamed response, once the first event is there: what fails before has its own status."""
-    try:
-        first = await unless_disconnected(request.receive, _first(events))
-    except BaseException:
-        await events.aclose()
-        raise
+    first = await unless_disconnected(request.receive, _first(events))
     return EventStream(first, events)
 
 

@@ -6,10 +6,9 @@ engine's iterator, which aborts the request there. Used by server and LLM.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import cast
 
 from loraswarm.core.client import EngineClient
 from loraswarm.core.events import ErrorInfo, FinishReason, SequenceEvent, TokenLogprob
@@ -113,11 +112,10 @@ class TextStream:
 
 async def stream_text(
     client: EngineClient, request: Request, tokenizer: Tokenizer
-) -> AsyncIterator[TextDelta]:
+) -> AsyncGenerator[TextDelta, None]:
     """Generate and yield text until its end; closing early aborts the request in the engine."""
     stream = TextStream(tokenizer, request)
-    events = cast(AsyncGenerator[SequenceEvent, None], client.generate(request))
-    async with aclosing(events):
+    async with aclosing(client.generate(request)) as events:
         async for event in events:
             delta = stream.push(event)
             yield delta

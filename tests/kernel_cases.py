@@ -1,0 +1,174 @@
+"""Batches for the kernel tests: who runs which adapter, and paged K and V in shuffled pages.
+
+Everything a kernel must not read is NaN: the pool before and after the tiles, and pages and rows of
+pages that belong to no sequence.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraswarm.kernels import AttentionWork, TileTable
+from tile_factory import SiteWeights, TilePool
+
+PATTERNS = ("distinct", "uniform", "zipf", "identical", "skewed")
+BATCH_SIZES = (1, 3, 7, 33, 133)
+RANKS = (5, 16, 17, 40, 1, 64, 8)
+NUM_SITES = 4
+FIRST_SITE = 1
+
+
+def segments_of(pattern: str, num_tokens: int, seed: int = 0) -> list[tuple[str | None, int]]:
+    """Adjacent (adapter or None, number of tokens); tokens of None are in every mixed batch."""
+    chance = random.Random(seed)
+    if pattern == "distinct":
+        owners = list(range(num_tokens))
+    elif pattern == "identical":
+        owners = [3] * num_tokens
+    elif pattern == "uniform":
+        owners = [chance.randrange(6) for _ in range(num_tokens)]
+    elif pattern == "zipf":
+        owners = [int(chance.paretovariate(1.0)) % 50 for _ in range(num_tokens)]
+    else:
+        owners = [5 if chance.random() < 0.5 else index for index in range(num_tokens)]
+    names = [None if owner == 1 else f"adapter{owner}" for owner in sorted(owners)]
+    return [(name, len(list(group))) for name, group in itertools.groupby(names)]
+
+
+@dataclass
+class LoraCase:
+    """Arguments of both LoRA kernels for one fused linear whose parts have `out_bounds`."""
+
+    x_TI: Tensor
+    y_TO: Tensor
+    pool: Tensor
+    tiles: TileTable
+    out_bounds: tuple[int, ...]
+    segments: list[tuple[str | None, int]]
+
+    @property
+    def num_parts(self) -> int:
+        return len(self.out_bounds) - 1
+
+    def shrink(self, kernels) -> Tensor:
+        return kernels.lora_shrink(self.x_TI, self.pool, self.tiles, FIRST_SITE, self.num_parts)
+
+    def expanded(self, kernels, h_QTR: Tensor) -> Tensor:
+        """A copy of y with the update added."""
+        y_TO = self.y_TO.clone()
+        kernels.lora_expand_(y_TO, h_QTR, self.pool, self.tiles, FIRST_SITE, self.out_bounds)
+        return y_TO
+
+    def defined(self, h_QTR: Tensor) -> Tensor:
+        """h with zeros in the columns that no tile writes."""
+        result = torch.zeros_like(h_QTR)
+        bounds = self.tiles.segments.tolist()
+        for part, (segment, (begin, end)) in itertools.product(
+            range(self.num_parts), enumerate(itertools.pairwise(bounds))
+        ):
+            first, last = self.tiles.ranges[FIRST_SITE + part, segment].tolist()
+            for tile in range(first, last):
+                columns = slice(16 * (tile - first), 16 * (tile - first) + self.tiles.ranks[tile])
+                result[part, begin:end, columns] = h_QTR[part, begin:end, columns]
+        return result
+
+
+def make_lora_case(
+    dtype: torch.dtype,
+    segments: list[tuple[str | None, int]],
+    in_features: int = 37,
+    out_sizes: Sequence[int] = (48, 13, 101),
+    poisoned: str | None = None,
+    seed: int = 0,
+) -> LoraCase:
+    """Adapters of mixed ranks; some have no weights at the last part. `poisoned` has NaN weights."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    adapters = {}
+    for name in sorted({name for name, _ in segments if name is not None} | {"adapter0"}):
+        number = int(name.removeprefix("adapter"))
+        sites = {}
+        for part, out_features in enumerate(out_sizes):
+            if part == 2 and number % 3 == 2:
+                continue
+            rank = RANKS[(number + part) % len(RANKS)]
+            a_RI = numbers(rank, in_features) * in_features**-0.5
+            b_OR = numbers(out_features, rank) * rank**-0.5
+            if name == poisoned:
+                a_RI[0, 0], b_OR[0, 0] = float("nan"), float("inf")
+            sites[FIRST_SITE + part] = SiteWeights(a_RI, b_OR, scale=0.5 + number % 4)
+        adapters[name] = sites
+    tile_pool = TilePool(adapters, dtype)
+    num_tokens = sum(count for _, count in segments)
+    table_segments = [*segments, ("adapter0", 0)]
+    return LoraCase(
+        x_TI=numbers(num_tokens, in_features),
+        y_TO=numbers(num_tokens, sum(out_sizes)),
+        pool=torch.cat([tile_pool.pool, torch.full((999,), float("nan"), dtype=dtype)]),
+        tiles=tile_pool.table(NUM_SITES, table_segments),
+        out_bounds=(0, *itertools.accumulate(out_sizes)),
+        segments=table_segments,
+    )
+
+
+@dataclass
+class AttentionCase:
+    """Arguments of `paged_attention`, and the same K and V [K, context, E] by sequence."""
+
+    q_THE: Tensor
+    pages: Tensor
+    layer: int
+    work: AttentionWork
+    contiguous: list[tuple[Tensor, Tensor]]
+
+    def attend(self, kernels, window: int | None = None) -> Tensor:
+        scale = self.q_THE.shape[2] ** -0.5
+        return kernels.paged_attention(self.q_THE, self.pages, self.layer, self.work, scale, window)
+
+
+def make_attention_case(
+    dtype: torch.dtype,
+    lengths: Sequence[tuple[int, int]],
+    heads: tuple[int, int] = (14, 2),
+    head_size: int = 64,
+    page_tokens: int = 16,
+    seed: int = 0,
+) -> AttentionCase:
+    """Sequences of (new tokens, context length); `heads` are query heads and kv heads.
+
+    q is a view of a fused projection; layer 1 of 2 is used.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = heads
+    page_counts = [-(-context // page_tokens) for _, context in lengths]
+    shape = (sum(page_counts) + 2, 2, 2, num_kv_heads, page_tokens, head_size)
+    pages = torch.full(shape, float("nan"), dtype=dtype)
+    order = torch.randperm(shape[0], generator=generator).tolist()
+    table = torch.zeros(len(lengths), max(page_counts), dtype=torch.int32)
+    contiguous = []
+    for row, (_, context) in enumerate(lengths):
+        ids = [order.pop() for _ in range(page_counts[row])]
+        table[row, : len(ids)] = torch.tensor(ids)
+        kv = torch.randn(2, num_kv_heads, context, head_size, generator=generator).to(dtype)
+        for token in range(context):
+            pages[ids[token // page_tokens], 1, :, :, token % page_tokens] = kv[:, :, token]
+        contiguous.append((kv[0], kv[1]))
+    new_counts = [new for new, _ in lengths]
+    fused = torch.randn(sum(new_counts), num_heads + 3, head_size, generator=generator).to(dtype)
+    work = AttentionWork(
+        query_starts=torch.tensor([0, *itertools.accumulate(new_counts)], dtype=torch.int32),
+        context_lens=torch.tensor([context for _, context in lengths], dtype=torch.int32),
+        page_table=table,
+        max_query_tokens=max(new_counts),
+        max_context_tokens=max(context for _, context in lengths),
+    )
+    return AttentionCase(fused[:, :num_heads], pages, 1, work, contiguous)
