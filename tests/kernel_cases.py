@@ -7,14 +7,18 @@ pages that belong to no sequence.
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
-from loraswarm.kernels import AttentionWork, TileTable
+from loraswarm.kernels import AttentionWork, TileTable, cpu, reference
+from loraswarm.kernels.cpu import jit
+from loraswarm.kernels.cpu.lora import crossover
 from tile_factory import SiteWeights, TilePool
 
 PATTERNS = ("distinct", "uniform", "zipf", "identical", "skewed")
@@ -22,6 +26,16 @@ BATCH_SIZES = (1, 3, 7, 33, 133)
 RANKS = (5, 16, 17, 40, 1, 64, 8)
 NUM_SITES = 4
 FIRST_SITE = 1
+BACKENDS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]
+NUM_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+THREAD_COUNTS = [count for count in (1, 2, 4) if count <= (NUM_CPUS or 1)]
+
+
+def use_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one test: no crossover is measured, and even the smallest call is spread over threads."""
+    monkeypatch.setattr(jit, "PARALLEL_PRODUCTS", 0)
+    monkeypatch.setattr(crossover, "_max_tokens", {})
+    monkeypatch.setattr(jit.threads, "_count", THREAD_COUNTS[-1])
 
 
 def segments_of(pattern: str, num_tokens: int, seed: int = 0) -> list[tuple[str | None, int]]:
@@ -87,7 +101,7 @@ def make_lora_case(
     poisoned: str | None = None,
     seed: int = 0,
 ) -> LoraCase:
-    """Adapters of mixed ranks; some have no weights at the last part. `poisoned` has NaN weights."""
+    """Adapters of mixed ranks, some without the last part; `poisoned` has weights of NaN and inf."""
     generator = torch.Generator().manual_seed(seed)
 
     def numbers(*shape: int) -> Tensor:

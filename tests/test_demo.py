@@ -1,0 +1,113 @@
+"""The bundled swarm: adapters do their tasks through the server, the base does not, PEFT agrees."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapter_factory import peft_warnings_ignored
+from loraswarm.demo import adapter_names, adapters_path, base_path, heldout
+from served_process import served
+from server_harness import async_openai_client
+
+NUM_COMPARED = 50
+MAX_TOKENS = 96
+MAX_DATA_BYTES = 25 << 20
+NAMES = adapter_names()
+
+
+def message(prompt):
+    return [{"role": "user", "content": prompt}]
+
+
+async def answers(url, asks):
+    """Texts and token ids of (model, prompt) pairs, all sent at once, in their order."""
+    async with async_openai_client(url) as client:
+
+        async def ask(model, prompt):
+            answer = await client.chat.completions.create(
+                model=model,
+                messages=message(prompt),
+                max_tokens=MAX_TOKENS,
+                temperature=0,
+                extra_body={"return_token_ids": True},
+            )
+            choice = answer.choices[0]
+            return choice.message.content, choice.model_dump()["token_ids"]
+
+        return await asyncio.gather(*(ask(model, prompt) for model, prompt in asks))
+
+
+@pytest.fixture(scope="module")
+def replies():
+    """What base and adapters say to every held-out prompt, sent interleaved in one go."""
+    sets = {name: heldout(name) for name in NAMES}
+    columns = itertools.zip_longest(*sets.values())
+    asks = []
+    for column in columns:
+        for name, example in zip(NAMES, column, strict=True):
+            if example is not None:
+                asks += [(name, example.prompt), ("base", example.prompt)]
+    with served(
+        str(base_path()),
+        *("--adapters", str(adapters_path())),
+        *("--served-model-name", "base"),
+        *("--dtype", "float32"),
+        *("--pool-bytes", "256MiB"),
+    ) as server:
+        found = asyncio.run(answers(server.base_url, asks))
+    return dict(zip(asks, found, strict=True))
+
+
+def test_there_are_five_adapters_or_more_of_different_ranks_and_targets():
+    import json
+
+    configs = [
+        json.loads((adapters_path() / name / "adapter_config.json").read_text()) for name in NAMES
+    ]
+    assert len(NAMES) >= 5
+    assert len({config["r"] for config in configs}) >= 3
+    assert min(config["r"] for config in configs) <= 4
+    assert max(config["r"] for config in configs) >= 32
+    assert len({str(config["target_modules"]) for config in configs}) >= 3
+    assert any(config["use_rslora"] for config in configs)
+    files = [path for path in Path(base_path()).parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MAX_DATA_BYTES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_adapter_answers_its_held_out_set_and_the_base_does_not(replies, name):
+    examples = heldout(name)
+    assert len(examples) >= 100
+    hits = sum(replies[name, example.prompt][0] == example.answer for example in examples)
+    base_hits = sum(replies["base", example.prompt][0] == example.answer for example in examples)
+    assert hits >= 0.9 * len(examples)
+    assert base_hits <= 0.1 * len(examples)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_served_tokens_equal_peft_token_for_token(replies, name):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_path())
+    model = AutoModelForCausalLM.from_pretrained(base_path(), dtype=torch.float32)
+    with peft_warnings_ignored():
+        model = PeftModel.from_pretrained(model, adapters_path() / name).eval()
+    for example in heldout(name)[:NUM_COMPARED]:
+        inputs = tokenizer.apply_chat_template(
+            message(example.prompt),
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs, max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=0
+            )
+        expected = output[0, inputs["input_ids"].shape[1] :].tolist()
+        assert replies[name, example.prompt][1] == expected
