@@ -101,7 +101,7 @@ def make_lora_case(
     poisoned: str | None = None,
     seed: int = 0,
 ) -> LoraCase:
-    """Adapters of mixed ranks, some without the last part; `poisoned` has weights of NaN and inf."""
+    """Adapters of mixed ranks, some without the last part; `poisoned` holds NaN and inf."""
     generator = torch.Generator().manual_seed(seed)
 
     def numbers(*shape: int) -> Tensor:

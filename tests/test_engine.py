@@ -68,22 +68,45 @@ def test_chunked_prefill_equals_whole_prefill(swarm, engine, max_step_tokens):
     assert run_tokens(chunked, requests) == run_tokens(engine, requests)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 5, 8, 12])
-def test_preempted_at_any_step_equals_undisturbed(swarm, engine, step):
+def test_preempted_at_any_step_equals_undisturbed(swarm, engine):
     params = SamplingParams(max_tokens=14, temperature=0.9, seed=5, ignore_eos=True)
     requests = mixed_requests([NAMES[2], None, NAMES[5]], params)
     expected = run_tokens(engine, requests)
     disturbed = make_engine(swarm, max_step_tokens=16, max_num_sequences=4)
     scheduler = disturbed._scheduler
+    num_steps = 0
 
-    def preempt_all(now):
-        if now == step:
-            for sequence in list(scheduler._running):
-                scheduler._preempt(sequence)
+    def preempt_all_at(chosen):
+        def before_step(now):
+            nonlocal num_steps
+            num_steps = max(num_steps, now)
+            if now == chosen:
+                for sequence in list(scheduler._running):
+                    scheduler._preempt(sequence)
 
-    events = run(disturbed, requests, before_step=preempt_all)
-    assert scheduler.num_preemptions > 0
-    assert {name: tokens_of(found) for name, found in events.items()} == expected
+        return before_step
+
+    run(disturbed, requests, before_step=preempt_all_at(None))
+    assert num_steps > 14
+    for step in range(1, num_steps + 1):
+        before = scheduler.num_preemptions
+        events = run(disturbed, requests, before_step=preempt_all_at(step))
+        assert scheduler.num_preemptions > before
+        assert {name: tokens_of(found) for name, found in events.items()} == expected, step
+
+
+def test_after_warm_up_serving_compiles_nothing(swarm, engine):
+    from loraswarm.kernels.cpu.attention import attend
+    from loraswarm.kernels.cpu.expand import expand
+    from loraswarm.kernels.cpu.shrink import shrink
+    from loraswarm.kernels.cpu.writing import write
+
+    kernels = (attend, expand, shrink, write)
+    compiled = [list(kernel.signatures) for kernel in kernels]
+    assert all(compiled)
+    fresh = make_engine(swarm, max_step_tokens=40)
+    run_tokens(fresh, mixed_requests([None, *NAMES]))
+    assert [kernel.signatures for kernel in kernels] == compiled
 
 
 def test_answers_stay_the_same_when_the_pool_is_too_small_for_all(swarm, engine):

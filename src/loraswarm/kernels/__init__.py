@@ -1,7 +1,7 @@
 """Pure functions on tensors, one module per kind of device behind one contract.
 
-`reference` is the definition in plain torch; `cpu` and `triton` must equal it. This module holds the
-index structures the kernels read and the protocol they satisfy; it owns no memory.
+`reference` is the definition in plain torch; `cpu` and `triton` must equal it. This module holds
+the index structures the kernels read and the protocol they satisfy; it owns no memory.
 
 Legend: T tokens, S sequences, G segments, N tiles, I in features, O out features, R rank columns,
 Q parts of a fused linear, H query heads, K kv heads, E head size, P pages, C tokens per page.
@@ -24,8 +24,8 @@ class TileTable:
 
     A site is `layer * 7 + target`. Segment g covers tokens `segments[g] : segments[g + 1]`; at site
     m it runs tiles `ranges[m, g, 0] : ranges[m, g, 1]` of the arrays below, none if they are equal.
-    Tile n multiplies by A [ranks[n], I] and adds scale[n] * Bt [ranks[n], O]; both lie contiguous in
-    the pool from element `a_offset[n]` and `bt_offset[n]`.
+    Tile n multiplies by A [ranks[n], I] and adds scale[n] * Bt [ranks[n], O]; both lie contiguous
+    in the pool from element `a_offset[n]` and `bt_offset[n]`.
 
         pool   ... | A row 0 | A row 1 | ... | ... | Bt row 0 | Bt row 1 | ...
                    ^ a_offset[n]                   ^ bt_offset[n]
@@ -54,8 +54,8 @@ class AttentionWork:
     """Which tokens attend to which pages.
 
     Sequence s owns tokens `query_starts[s] : query_starts[s + 1]` of the batch, the last of its
-    `context_lens[s]` tokens (their K and V are already written). Token c of the sequence lies in page
-    `page_table[s, c // C]` at row `c % C`.
+    `context_lens[s]` tokens (their K and V are already written). Token c of the sequence lies in
+    page `page_table[s, c // C]` at row `c % C`.
 
     Shapes    query_starts [S+1] int32; context_lens [S] int32; page_table [S, max pages] int32,
               padded with 0.

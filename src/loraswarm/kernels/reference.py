@@ -7,6 +7,7 @@ Legend: see kernels/__init__.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def lora_expand_(
     Shapes    y [T, O] f16|bf16|f32, written; h [Q, T, R] float32 from `lora_shrink`;
               pool [elements] of y's dtype; out_bounds has Q + 1 ascending numbers, 0 to O.
     Numerics  accumulates in float32; one rounding, when y is written.
-    Raises    ValueError naming the argument, for a wrong dtype, device or shape; nothing is written.
+    Raises    ValueError naming the argument, for a wrong dtype, device or shape; y is unchanged.
     Source    as `lora_shrink`.
     """
     check_expand(y_TO, h_QTR, pool, tiles, out_bounds)
@@ -107,11 +108,12 @@ def paged_attention(
         out = softmax(scale * q . k[j]) v[j]  over  max(0, p - window + 1) <= j <= p
     without `window`, over 0 <= j <= p. Query head h reads kv head h // (H / K).
 
-    Shapes    q [T, H, E]; pages [P, layers, 2, K, C, E] of q's dtype; returns [T, H, E] of q's dtype.
+    Shapes    q [T, H, E]; pages [P, layers, 2, K, C, E] of its dtype; returns [T, H, E] of it.
     Numerics  scores, softmax and sums in float32; one rounding at the end.
     Raises    ValueError naming the argument, for a wrong dtype or shape.
     """
     check_attention(q_THE, pages, work)
+    check_window(window)
     out_THE = torch.empty_like(q_THE)
     group = q_THE.shape[1] // pages.shape[3]
     starts = work.query_starts.tolist()
@@ -164,11 +166,19 @@ def check_expand(
     """Raise ValueError if the arguments of `lora_expand_` disagree."""
     _require(y_TO.dim() == 2 and y_TO.stride(1) == 1, "y_TO must be [T, O] with contiguous rows")
     _require(h_QTR.dtype == torch.float32, "h_QTR must be float32")
+    _require(h_QTR.dim() == 3 and h_QTR.is_contiguous(), "h_QTR must be a contiguous [Q, T, R]")
+    _require(pool.dim() == 1 and pool.is_contiguous(), "pool must be a contiguous flat tensor")
     _require(pool.dtype == y_TO.dtype, f"pool is {pool.dtype}, y_TO is {y_TO.dtype}")
     _require(h_QTR.shape[1] == y_TO.shape[0], "h_QTR and y_TO have different numbers of tokens")
     _require(
-        h_QTR.shape[0] == len(out_bounds) - 1 and out_bounds[-1] == y_TO.shape[1],
-        f"out_bounds {out_bounds} does not cover y_TO {tuple(y_TO.shape)}",
+        h_QTR.shape[0] == len(out_bounds) - 1
+        and (out_bounds[0], out_bounds[-1]) == (0, y_TO.shape[1])
+        and all(low <= high for low, high in pairwise(out_bounds)),
+        f"out_bounds {out_bounds} does not cut y_TO {tuple(y_TO.shape)} into h_QTR's parts",
+    )
+    _require(
+        tiles.segments.numel() == tiles.ranges.shape[1] + 1,
+        "tiles.ranges has another number of segments than tiles.segments",
     )
 
 
@@ -181,6 +191,7 @@ def check_write_kv(pages: Tensor, k_TKE: Tensor, v_TKE: Tensor, slots_T: Tensor)
     )
     _require(k_TKE.dtype == v_TKE.dtype == pages.dtype, "k_TKE, v_TKE and pages differ in dtype")
     _require(slots_T.shape == k_TKE.shape[:1], "slots_T must have one slot per token")
+    _require(slots_T.dtype == torch.int64, f"slots_T is {slots_T.dtype}; it must be int64")
 
 
 def check_attention(q_THE: Tensor, pages: Tensor, work: AttentionWork) -> None:
@@ -193,6 +204,11 @@ def check_attention(q_THE: Tensor, pages: Tensor, work: AttentionWork) -> None:
         work.query_starts.numel() == work.context_lens.numel() + 1,
         "work.query_starts must have one more entry than work.context_lens",
     )
+
+
+def check_window(window: int | None) -> None:
+    """Raise ValueError if a token could not even see itself."""
+    _require(window is None or window >= 1, f"window is {window}; it must be None or at least 1")
 
 
 def _segment_tiles(tiles: TileTable, site: int) -> Iterator[tuple[int, int, int, int]]:

@@ -1,7 +1,7 @@
 """The kernels for CPUs: Numba for decode, attention and short prefills, torch where it is faster.
 
-Same functions and semantics as `kernels.reference`. Importing it loads Numba; nothing compiles before
-the first call or `warm_up`. Called by models and by whoever starts an engine.
+Same functions and semantics as `kernels.reference`. Importing it loads Numba; nothing compiles
+before the first call or `warm_up`. Called by models and by whoever starts an engine.
 """
 
 from loraswarm.kernels.cpu.jit import threads

@@ -39,7 +39,9 @@ def flat_bits(name: str, tensor: Tensor) -> Any:
         return bits(name, tensor).reshape(-1)
     if tensor.stride(-1) != 1:
         raise ValueError(f"{name} has strides {tensor.stride()}; its last one must be 1")
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return bits(name, tensor.as_strided((last + 1,), (1,)))
 
 

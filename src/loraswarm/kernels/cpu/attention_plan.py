@@ -1,6 +1,6 @@
 """The work of one attention call, cut into items for the threads.
 
-    rows of a unit (group 7)    t0h0 t0h1 ... t0h6 t1h0 ... | t9h1 ...      blocks of 64
+    rows of a unit (group 7)    t0h0 t0h1 ... t0h6 t1h0 ... | t4h4 ...      blocks of 32
     keys of a block             |<- span 0: 256 ->|<- span 1 ->| ...        only if one block
 
 Items depend on the batch alone, never on the number of threads. Knows nothing about how an item is
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from loraswarm.kernels.cpu.jit import inlined
+from loraswarm.kernels.cpu.jit import called
 
 FEW_ROWS = 16
-MANY_ROWS = 64
+MANY_ROWS = 32
 SPAN_KEYS = 256
 
 
@@ -50,6 +50,7 @@ class PagedKV(NamedTuple):
     num_pages: int
     num_heads: int
     page_tokens: int
+    head_size: int
 
 
 class Options(NamedTuple):
@@ -63,9 +64,9 @@ class Options(NamedTuple):
 class Plan(NamedTuple):
     """The items of a call, and what the threads share while they run.
 
-    Unit u = sequence * kv heads + kv head has items `first_item[u] : first_item[u + 1]`. If they are
-    spans, span i leaves its state in `partials[first_partial[u] + i]`, else `first_partial[u]` is -1.
-    `num_done[u]` counts the spans that have ended.
+    Unit u = sequence * kv heads + kv head has items `first_item[u] : first_item[u + 1]`. If they
+    are spans, span i leaves its state in `partials[first_partial[u] + i]`, else `first_partial[u]`
+    is -1. `num_done[u]` counts the spans that have ended.
     """
 
     first_item: Any
@@ -76,7 +77,10 @@ class Plan(NamedTuple):
 
 
 class Item(NamedTuple):
-    """Rows `first_row : first_row + num_rows` of a unit against keys `first_key` to `last_key`."""
+    """Rows `first_row : first_row + num_rows` of a unit against keys `first_key` to `last_key`.
+
+    `lanes` is the size of the vectors that hold one value per row: 16 or 32.
+    """
 
     unit: int
     sequence: int
@@ -85,25 +89,26 @@ class Item(NamedTuple):
     group: int
     first_row: int
     num_rows: int
+    lanes: int
     first_key: int
     last_key: int
 
 
-@inlined
+@called
 def state_size(head_size: int) -> int:
     """Elements of an item's running output, peaks and sums."""
     return (padded(head_size) + 2) * MANY_ROWS
 
 
-@inlined
+@called
 def padded(size: int) -> int:
     """`size` rounded up to what one step of a product makes."""
     return (size + 7) // 8 * 8
 
 
-@inlined
-def count_items(q: Queries, kv: PagedKV, out_shape: Any, options: Options) -> Any:
-    """`first_item`, `first_partial` and the number of partials of a `Plan`.
+@called
+def count_items(q: Queries, kv: PagedKV, out_shape: Any, window: int) -> Any:
+    """`first_item`, `first_partial` and `partials` of a `Plan`.
 
     Raises    ValueError where the work leads outside of the batch or of the pages.
     """
@@ -119,16 +124,23 @@ def count_items(q: Queries, kv: PagedKV, out_shape: Any, options: Options) -> An
         num_tokens = q.starts[sequence + 1] - q.starts[sequence]
         num_items = (num_tokens * group + MANY_ROWS - 1) // MANY_ROWS
         if num_items == 1:
-            first_key = _first_key(q.contexts[sequence] - num_tokens, options.window)
+            first_key = _first_key(q.contexts[sequence] - num_tokens, window)
             num_items = (q.contexts[sequence] - first_key + SPAN_KEYS - 1) // SPAN_KEYS
             if num_items > 1:
                 first_partial[unit] = num_partials
                 num_partials += num_items
         first_item[unit + 1] = first_item[unit] + num_items
-    return first_item, first_partial, num_partials
+    partials = np.empty((num_partials, state_size(kv.head_size)), np.float32)
+    return first_item, first_partial, partials
 
 
-@inlined
+@called
+def new_counters(num_units: int) -> Any:
+    """`num_done` and `next_item` of a `Plan`."""
+    return np.zeros(num_units, np.int64), np.zeros(1, np.int64)
+
+
+@called
 def _first_key(position: int, window: int) -> int:
     """The first key that a token at `position` sees."""
     if window == 0:
@@ -136,7 +148,7 @@ def _first_key(position: int, window: int) -> int:
     return max(0, position - window + 1)
 
 
-@inlined
+@called
 def _check_sequence(q: Queries, kv: PagedKV, sequence: int, num_tokens: int) -> None:
     begin, end = q.starts[sequence], q.starts[sequence + 1]
     context = q.contexts[sequence]
@@ -152,11 +164,11 @@ def _check_sequence(q: Queries, kv: PagedKV, sequence: int, num_tokens: int) -> 
             raise ValueError("work.page_table names a page that does not exist")
 
 
-@inlined
+@called
 def find_item(number: int, q: Queries, kv: PagedKV, plan: Plan, window: int, group: int) -> Item:
     """The item with this number."""
-    unit = np.searchsorted(plan.first_item, number, side="right") - 1
-    sequence, head = divmod(unit, kv.num_heads)
+    unit: Any = np.searchsorted(plan.first_item, number, side="right") - 1
+    sequence, head = unit // kv.num_heads, unit % kv.num_heads
     num_tokens = np.int64(q.starts[sequence + 1] - q.starts[sequence])
     index = number - plan.first_item[unit]
     span, first_row = 0, index * MANY_ROWS
@@ -169,4 +181,5 @@ def find_item(number: int, q: Queries, kv: PagedKV, plan: Plan, window: int, gro
     if plan.first_partial[unit] >= 0:
         first_key += span * SPAN_KEYS
         last_key = min(last_key, first_key + SPAN_KEYS - 1)
-    return Item(unit, sequence, head, span, group, first_row, num_rows, first_key, last_key)
+    lanes = FEW_ROWS if num_rows <= FEW_ROWS else MANY_ROWS
+    return Item(unit, sequence, head, span, group, first_row, num_rows, lanes, first_key, last_key)

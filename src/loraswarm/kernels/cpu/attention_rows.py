@@ -1,7 +1,7 @@
-"""Attention of up to 64 query rows over a run of keys, page by page with a running softmax.
+"""Attention of up to 32 query rows over a run of keys, page by page with a running softmax.
 
-A vector holds one value per row. Arrays of vectors are flat: element i of row r is at `i * lanes + r`.
-Scores are in units of log 2. Knows nothing about threads or other items. Called by
+A vector holds one value per row. Arrays of vectors are flat: element i of row r is at
+`i * lanes + r`. Scores are in units of log 2. Knows nothing about threads or other items. Called by
 kernels/cpu/attention.
 """
 
@@ -25,15 +25,16 @@ from loraswarm.kernels.cpu.jit import called, inlined
 from loraswarm.kernels.cpu.vectors import (
     add,
     broadcast,
+    element,
     exp2,
     load,
-    load_up_to,
+    load_part,
     maximum,
     multiply,
     multiply_add,
     num_lanes,
     store,
-    store_up_to,
+    store_part,
     subtract,
     where_between,
     zeros,
@@ -63,7 +64,7 @@ class Scratch(NamedTuple):
     row: Any
 
 
-@inlined
+@called
 def new_scratch(head_size: int, page_tokens: int) -> Scratch:
     """Memory for items of any number of rows."""
     width, rows = padded(head_size), padded(page_tokens)
@@ -83,7 +84,7 @@ def new_scratch(head_size: int, page_tokens: int) -> Scratch:
 def gather_rows(
     zero: Any, item: Item, q: Queries, options: Options, head_size: int, scratch: Scratch
 ) -> None:
-    """Fill `queries`, `low` and `high`; lanes without a row get zeros and see what the last does."""
+    """Fill `queries`, `low` and `high`; lanes past the last row are zeros and see what it sees."""
     lanes = num_lanes(zero)
     factor = np.float32(options.scale) * LOG2_E
     begin, end = q.starts[item.sequence], q.starts[item.sequence + 1]
@@ -106,11 +107,9 @@ def gather_rows(
 
 
 @inlined
-def attend_rows(
-    zero: Any, item: Item, page_ids: Any, kv: PagedKV, head_size: int, scratch: Scratch
-) -> None:
+def attend_rows(zero: Any, item: Item, page_ids: Any, kv: PagedKV, scratch: Scratch) -> None:
     """Output before division, peaks and sums of the item's rows over its keys, into `state`."""
-    lanes = num_lanes(zero)
+    lanes, head_size = num_lanes(zero), kv.head_size
     state = scratch.state
     peaks, sums = broadcast(zero, FIRST_PEAK), zero
     for i in range(padded(head_size)):
@@ -141,7 +140,7 @@ def attend_rows(
     store(sums, state, (padded(head_size) + 1) * lanes)
 
 
-@inlined
+@called
 def _widen_keys(kv: PagedKV, start: int, count: int, head_size: int, scratch: Scratch) -> None:
     width = padded(head_size)
     for i in range(count):
@@ -150,13 +149,16 @@ def _widen_keys(kv: PagedKV, start: int, count: int, head_size: int, scratch: Sc
         copy_row(kv.pages, key + kv.value_offset, scratch.values, i * width, head_size)
 
 
-@called
+@inlined
 def copy_row(source: Any, source_start: int, target: Any, target_start: int, count: int) -> None:
     """Copy elements between arrays of any two of the element types."""
     zero = zeros(COPY_LANES)
-    for i in range(0, count, COPY_LANES):
-        value = load_up_to(zero, source, source_start + i, count - i)
-        store_up_to(value, target, target_start + i, count - i)
+    whole = count - count % COPY_LANES
+    for i in range(0, whole, COPY_LANES):
+        store(load(zero, source, source_start + i), target, target_start + i)
+    if whole < count:
+        value = load_part(zero, source, source_start + whole, count - whole)
+        store_part(value, target, target_start + whole, count - whole)
 
 
 @inlined
@@ -194,33 +196,26 @@ def _add_values(shrinkage: Any, count: int, head_size: int, scratch: Scratch) ->
 def _product8(zero: Any, a: Any, start: int, steps: Any, count: int, b: Any) -> Any:
     """For i < 8 the vectors: sum over k < count of a[start + i * steps[0] + k * steps[1]] * b[k].
 
-    Eight sums of one register, or twice four of several: what hides the latency of an addition.
+    Eight sums grow side by side, which hides how long one addition takes.
     """
-    none = (zero, zero, zero, zero)
-    first, second = none, none
-    half = start + 4 * steps[0]
-    if num_lanes(zero) > FEW_ROWS:
-        for k in range(count):
-            vector = load(zero, b, k * num_lanes(zero))
-            first = _multiply_add4(vector, a, start + k * steps[1], steps[0], first)
-        for k in range(count):
-            vector = load(zero, b, k * num_lanes(zero))
-            second = _multiply_add4(vector, a, half + k * steps[1], steps[0], second)
-    else:
-        for k in range(count):
-            vector = load(zero, b, k * num_lanes(zero))
-            first = _multiply_add4(vector, a, start + k * steps[1], steps[0], first)
-            second = _multiply_add4(vector, a, half + k * steps[1], steps[0], second)
+    lanes = num_lanes(zero)
+    first = second = (zero, zero, zero, zero)
+    half = 4 * steps[0]
+    for k in range(count):
+        vector = load(zero, b, k * lanes)
+        index = start + k * steps[1]
+        first = _multiply_add4(vector, a, index, steps[0], first)
+        second = _multiply_add4(vector, a, index + half, steps[0], second)
     return first, second
 
 
 @inlined
 def _multiply_add4(vector: Any, a: Any, index: int, step: int, sums: Any) -> Any:
     return (
-        multiply_add(vector, broadcast(vector, a[index]), sums[0]),
-        multiply_add(vector, broadcast(vector, a[index + step]), sums[1]),
-        multiply_add(vector, broadcast(vector, a[index + 2 * step]), sums[2]),
-        multiply_add(vector, broadcast(vector, a[index + 3 * step]), sums[3]),
+        multiply_add(vector, broadcast(vector, element(a, index)), sums[0]),
+        multiply_add(vector, broadcast(vector, element(a, index + step)), sums[1]),
+        multiply_add(vector, broadcast(vector, element(a, index + 2 * step)), sums[2]),
+        multiply_add(vector, broadcast(vector, element(a, index + 3 * step)), sums[3]),
     )
 
 
@@ -246,34 +241,34 @@ def _scale_and_add4(addends: Any, array: Any, index: int, factor: Any) -> None:
     _store4(new, array, index)
 
 
-@inlined
-def join_spans(zero: Any, partials: Any, head_size: int, state: Any) -> None:
+@called
+def join_spans(partials: Any, lanes: int, head_size: int, state: Any) -> None:
     """The state over all keys from those of spans of them, in order."""
-    lanes, width = num_lanes(zero), padded(head_size)
-    peaks, sums = broadcast(zero, FIRST_PEAK), zero
-    for span in range(partials.shape[0]):
-        peaks = maximum(peaks, load(zero, partials[span], width * lanes))
-    for i in range(width):
-        store(zero, state, i * lanes)
-    for span in range(partials.shape[0]):
-        partial = partials[span]
-        weight = exp2(subtract(load(zero, partial, width * lanes), peaks))
-        sums = multiply_add(load(zero, partial, (width + 1) * lanes), weight, sums)
-        for i in range(width):
-            value = load(zero, partial, i * lanes)
-            store(multiply_add(value, weight, load(zero, state, i * lanes)), state, i * lanes)
-    store(sums, state, (width + 1) * lanes)
+    width = padded(head_size)
+    zero = zeros(FEW_ROWS)
+    for lane in range(0, lanes, FEW_ROWS):
+        peak_index = width * lanes + lane
+        peaks = broadcast(zero, FIRST_PEAK)
+        for span in range(partials.shape[0]):
+            peaks = maximum(peaks, load(zero, partials[span], peak_index))
+        for i in range(width + 2):
+            store(zero, state, i * lanes + lane)
+        for span in range(partials.shape[0]):
+            weight = exp2(subtract(load(zero, partials[span], peak_index), peaks))
+            for i in range(width + 2):
+                index = i * lanes + lane
+                value = load(zero, partials[span], index)
+                store(multiply_add(value, weight, load(zero, state, index)), state, index)
 
 
-@inlined
-def write_rows(zero: Any, item: Item, first_token: int, out_THE: Any, scratch: Scratch) -> None:
+@called
+def write_rows(item: Item, first_token: int, out_THE: Any, scratch: Scratch) -> None:
     """Divide by the sums and round: the item's rows of the output."""
     num_heads, head_size = out_THE.shape[1:]
-    lanes, state = num_lanes(zero), scratch.state
     for row in range(item.num_rows):
         token, head = divmod(item.first_row + row, item.group)
-        sum_of_weights = state[(padded(head_size) + 1) * lanes + row]
+        sum_of_weights = scratch.state[(padded(head_size) + 1) * item.lanes + row]
         for i in range(head_size):
-            scratch.row[i] = state[i * lanes + row] / sum_of_weights
+            scratch.row[i] = scratch.state[i * item.lanes + row] / sum_of_weights
         index = ((first_token + token) * num_heads + item.head * item.group + head) * head_size
         copy_row(scratch.row, 0, out_THE, index, head_size)

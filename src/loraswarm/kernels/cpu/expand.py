@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from loraswarm.kernels import MAX_TILE_RANKS
-from loraswarm.kernels.cpu.jit import add_atomically, inlined, kernel
+from loraswarm.kernels.cpu.jit import add_atomically, called, inlined, kernel
 from loraswarm.kernels.cpu.tiles import (
     Limits,
     TileArrays,
@@ -24,6 +24,7 @@ from loraswarm.kernels.cpu.tiles import (
 from loraswarm.kernels.cpu.vectors import (
     add,
     broadcast,
+    element,
     load,
     load_up_to,
     multiply_add,
@@ -42,14 +43,17 @@ TAIL_LANES = 16
 class Update(NamedTuple):
     """What one segment adds to columns of `y` at one part.
 
-    Row t of the segment begins in `y` at `y_start + t * y_stride`; `h` are its rows [T, R] at this
-    part; its tiles are `first_tile : last_tile`, with rows of `width` elements.
+    Its token t begins in `y` at `y_start + t * y_stride` and in `h` at `h_start + t * h_stride`. Its
+    tiles are `first_tile : last_tile`, with rows of `width` elements.
     """
 
     y: Any
     y_start: int
     y_stride: int
-    h_TR: Any
+    h: Any
+    h_start: int
+    h_stride: int
+    num_tokens: int
     first_tile: int
     last_tile: int
     width: int
@@ -58,6 +62,13 @@ class Update(NamedTuple):
 @kernel
 def expand(y: Any, y_stride: int, h_QTR: Any, tiles: TileArrays, limits: Limits) -> None:
     """`kernels.reference.lora_expand_` on the flat `y`, for the segments within `limits`."""
+    first_item, next_item = _count_items(h_QTR, tiles, limits)
+    for _ in prange(limits.num_threads):
+        _expand_items(y, y_stride, h_QTR, tiles, first_item, next_item)
+
+
+@called
+def _count_items(h_QTR: Any, tiles: TileArrays, limits: Limits) -> Any:
     check_tiles(tiles, h_QTR)
     num_parts, num_segments = tiles.ranges.shape[:2]
     pieces_U = np.zeros(num_parts * num_segments, np.int64)
@@ -65,13 +76,10 @@ def expand(y: Any, y_stride: int, h_QTR: Any, tiles: TileArrays, limits: Limits)
         part, segment = divmod(unit, num_segments)
         if tiles.ranges[part, segment, 0] < tiles.ranges[part, segment, 1]:
             pieces_U[unit] = ceil_divide(tiles.widths[part], PIECE_COLUMNS)
-    first_item = first_items(tiles, pieces_U, limits.max_tokens)
-    next_item = np.zeros(1, np.int64)
-    for _ in prange(limits.num_threads):
-        _expand_items(y, y_stride, h_QTR, tiles, first_item, next_item)
+    return first_items(tiles, pieces_U, limits.max_tokens), np.zeros(1, np.int64)
 
 
-@inlined
+@called
 def _expand_items(
     y: Any, y_stride: int, h_QTR: Any, tiles: TileArrays, first_item: Any, next_item: Any
 ) -> None:
@@ -80,34 +88,53 @@ def _expand_items(
     while item < first_item[-1]:
         part, segment, piece, begin, end = locate(item, tiles, first_item)
         first_tile, last_tile = tiles.ranges[part, segment]
-        y_start = begin * y_stride + tiles.widths[:part].sum()
-        h_TR, width = h_QTR[part, begin:end], tiles.widths[part]
-        update = Update(y, y_start, y_stride, h_TR, first_tile, last_tile, width)
+        update = Update(
+            y,
+            begin * y_stride + tiles.widths[:part].sum(),
+            y_stride,
+            h_QTR,
+            (part * h_QTR.shape[1] + begin) * h_QTR.shape[2],
+            h_QTR.shape[2],
+            end - begin,
+            first_tile,
+            last_tile,
+            tiles.widths[part],
+        )
         low = piece * PIECE_COLUMNS
-        high = min(low + PIECE_COLUMNS, width)
-        if end - begin == 1:
-            low = _expand_one(zeros(ONE_TOKEN_LANES), update, tiles, low, high)
-            low = _expand_one(zeros(FOUR_TOKEN_LANES), update, tiles, low, high)
-            if low < high:
-                _expand_one(zeros(TAIL_LANES), update, tiles, low, high + TAIL_LANES - 1)
+        high = min(low + PIECE_COLUMNS, update.width)
+        if update.num_tokens == 1:
+            _expand_one_token(update, tiles, low, high)
         else:
-            low = _expand_many(zeros(FOUR_TOKEN_LANES), update, tiles, low, high)
-            if low < high:
-                _expand_many(zeros(TAIL_LANES), update, tiles, low, high + TAIL_LANES - 1)
+            _expand_tokens(update, tiles, low, high)
         item = add_atomically(next_item, 0, 1)
+
+
+@called
+def _expand_one_token(update: Update, tiles: TileArrays, low: int, high: int) -> None:
+    """y += scale * h @ Bt for columns `low : high` of one token."""
+    low = _expand_one(zeros(ONE_TOKEN_LANES), update, tiles, low, high)
+    low = _expand_one(zeros(FOUR_TOKEN_LANES), update, tiles, low, high)
+    _expand_one(zeros(TAIL_LANES), update, tiles, low, high + TAIL_LANES - 1)
+
+
+@called
+def _expand_tokens(update: Update, tiles: TileArrays, low: int, high: int) -> None:
+    """y += scale * h @ Bt for columns `low : high` of several tokens."""
+    low = _expand_many(zeros(FOUR_TOKEN_LANES), update, tiles, low, high)
+    _expand_many(zeros(TAIL_LANES), update, tiles, low, high + TAIL_LANES - 1)
 
 
 @inlined
 def _expand_one(zero: Any, update: Update, tiles: TileArrays, low: int, high: int) -> int:
-    """Update columns from `low` of one token, while a vector fits below `high`; returns the next."""
+    """Update one token's columns from `low` while a vector fits below `high`; returns the next."""
     while low + num_lanes(zero) <= high:
         delta = zero
         for tile in range(update.first_tile, update.last_tile):
             bt_index = tiles.offset[tile] + low
-            column = (tile - update.first_tile) * MAX_TILE_RANKS
-            for rank in range(column, column + tiles.ranks[tile]):
+            h_index = update.h_start + (tile - update.first_tile) * MAX_TILE_RANKS
+            for rank in range(tiles.ranks[tile]):
                 bt = _load_columns(zero, tiles.pool, bt_index, update.width - low)
-                factor = broadcast(zero, update.h_TR[0, rank] * tiles.scale[tile])
+                factor = broadcast(zero, element(update.h, h_index + rank) * tiles.scale[tile])
                 delta = multiply_add(bt, factor, delta)
                 bt_index += update.width
         _add_to_row(delta, update, 0, low)
@@ -118,7 +145,7 @@ def _expand_one(zero: Any, update: Update, tiles: TileArrays, low: int, high: in
 @inlined
 def _expand_many(zero: Any, update: Update, tiles: TileArrays, low: int, high: int) -> int:
     """`_expand_one` for all tokens, four at a time; the last stands in for what is missing."""
-    num_tokens = update.h_TR.shape[0]
+    num_tokens = update.num_tokens
     last = num_tokens - 1
     while low + num_lanes(zero) <= high:
         for token in range(0, num_tokens, 4):
@@ -138,18 +165,24 @@ def _expand_many(zero: Any, update: Update, tiles: TileArrays, low: int, high: i
 @inlined
 def _sum_ranks4(zero: Any, update: Update, tiles: TileArrays, tokens: Any, low: int) -> Any:
     deltas = (zero, zero, zero, zero)
-    h_TR = update.h_TR
+    h, h_stride = update.h, update.h_stride
     for tile in range(update.first_tile, update.last_tile):
         bt_index = tiles.offset[tile] + low
-        column = (tile - update.first_tile) * MAX_TILE_RANKS
+        h_index = update.h_start + (tile - update.first_tile) * MAX_TILE_RANKS
         scale = tiles.scale[tile]
-        for rank in range(column, column + tiles.ranks[tile]):
+        for rank in range(h_index, h_index + tiles.ranks[tile]):
             bt = _load_columns(zero, tiles.pool, bt_index, update.width - low)
+            factors = (
+                broadcast(zero, element(h, rank + tokens[0] * h_stride) * scale),
+                broadcast(zero, element(h, rank + tokens[1] * h_stride) * scale),
+                broadcast(zero, element(h, rank + tokens[2] * h_stride) * scale),
+                broadcast(zero, element(h, rank + tokens[3] * h_stride) * scale),
+            )
             deltas = (
-                multiply_add(bt, broadcast(zero, h_TR[tokens[0], rank] * scale), deltas[0]),
-                multiply_add(bt, broadcast(zero, h_TR[tokens[1], rank] * scale), deltas[1]),
-                multiply_add(bt, broadcast(zero, h_TR[tokens[2], rank] * scale), deltas[2]),
-                multiply_add(bt, broadcast(zero, h_TR[tokens[3], rank] * scale), deltas[3]),
+                multiply_add(bt, factors[0], deltas[0]),
+                multiply_add(bt, factors[1], deltas[1]),
+                multiply_add(bt, factors[2], deltas[2]),
+                multiply_add(bt, factors[3], deltas[3]),
             )
             bt_index += update.width
     return deltas

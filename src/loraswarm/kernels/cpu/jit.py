@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 import torch
@@ -25,6 +25,7 @@ numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 
 PARALLEL_PRODUCTS = 1 << 16
+_NO_WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def _cache_directory() -> str:
@@ -74,19 +75,20 @@ def kernel(function: Function) -> Function:
     previous = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = _CACHE_DIRECTORY
     try:
-        return numba.njit(parallel=True, nogil=True, cache=True)(function)
+        compiled = numba.njit(parallel=True, nogil=True, cache=True)(function)
+        return cast(Function, compiled)
     finally:
         numba.config.CACHE_DIR = previous
 
 
 def called(function: Function) -> Function:
-    """A part of a kernel without vectors in its signature, compiled once however often it is used."""
-    return numba.njit(nogil=True)(function)
+    """A part of a kernel, compiled once however often it is used; takes and returns no vectors."""
+    return cast(Function, numba.njit(nogil=True, **_NO_WRAPPERS)(function))
 
 
 def inlined(function: Function) -> Function:
     """A part of a kernel; vectors stay in registers across its calls."""
-    return numba.njit(nogil=True, forceinline=True)(function)
+    return cast(Function, numba.njit(nogil=True, forceinline=True, **_NO_WRAPPERS)(function))
 
 
 @intrinsic

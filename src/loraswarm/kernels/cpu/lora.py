@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ def lora_expand_(
     reference.check_sites(tiles, first_site, len(out_bounds) - 1)
     if h_QTR.numel() == 0:
         return
-    widths = tuple(high - low for low, high in zip(out_bounds[:-1], out_bounds[1:], strict=True))
+    widths = tuple(high - low for low, high in pairwise(out_bounds))
     arrays = _tile_arrays(pool, tiles, tiles.bt_offset, first_site, widths)
     max_tokens = crossover.max_tokens(y_TO.dtype)
     limits = Limits(max_tokens, threads.wake(_num_products(tiles, h_QTR, y_TO.shape[1])))

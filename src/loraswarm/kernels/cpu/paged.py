@@ -37,6 +37,7 @@ def paged_attention(
 ) -> Tensor:
     """See `kernels.reference.paged_attention`."""
     reference.check_attention(q_THE, pages, work)
+    reference.check_window(window)
     out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype)
     if out_THE.numel() == 0:
         return out_THE
@@ -56,9 +57,18 @@ def paged_attention(
 
 def _paged_kv(pages: Tensor, layer: int) -> PagedKV:
     page, one_layer, value, head, token, _ = pages.stride()
-    num_pages, num_layers, _, num_heads, page_tokens, _ = pages.shape
+    num_pages, num_layers, _, num_heads, page_tokens, head_size = pages.shape
     if not 0 <= layer < num_layers:
         raise ValueError(f"layer is {layer}; pages have {num_layers} layers")
-    flat = flat_bits("pages", pages)
-    start = layer * one_layer
-    return PagedKV(flat, start, page, value, head, token, num_pages, num_heads, page_tokens)
+    return PagedKV(
+        flat_bits("pages", pages),
+        layer * one_layer,
+        page,
+        value,
+        head,
+        token,
+        num_pages,
+        num_heads,
+        page_tokens,
+        head_size,
+    )

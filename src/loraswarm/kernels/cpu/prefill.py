@@ -7,6 +7,7 @@ Called by kernels/cpu/lora.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def expand_long_(
 def _long_segments(tiles: TileTable, max_tokens: int) -> Iterator[tuple[int, int, int]]:
     """(segment, first token, end token) of each segment of more than `max_tokens` tokens."""
     starts = tiles.segments.tolist()
-    for segment, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for segment, (begin, end) in enumerate(pairwise(starts)):
         if end - begin > max_tokens:
             yield segment, begin, end
 

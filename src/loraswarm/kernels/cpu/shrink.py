@@ -11,7 +11,7 @@ import numpy as np
 from numba import prange
 
 from loraswarm.kernels import MAX_TILE_RANKS
-from loraswarm.kernels.cpu.jit import add_atomically, inlined, kernel
+from loraswarm.kernels.cpu.jit import add_atomically, called, inlined, kernel
 from loraswarm.kernels.cpu.tiles import (
     Limits,
     TileArrays,
@@ -29,6 +29,13 @@ PIECE_ROWS = 4
 @kernel
 def shrink(x_TI: Any, h_QTR: Any, tiles: TileArrays, limits: Limits) -> None:
     """`kernels.reference.lora_shrink` into `h_QTR`, for the segments within `limits`."""
+    first_item, next_item = _count_items(h_QTR, tiles, limits)
+    for _ in prange(limits.num_threads):
+        _shrink_items(x_TI, h_QTR, tiles, first_item, next_item)
+
+
+@called
+def _count_items(h_QTR: Any, tiles: TileArrays, limits: Limits) -> Any:
     check_tiles(tiles, h_QTR)
     num_parts, num_segments = tiles.ranges.shape[:2]
     pieces_U = np.zeros(num_parts * num_segments, np.int64)
@@ -36,13 +43,10 @@ def shrink(x_TI: Any, h_QTR: Any, tiles: TileArrays, limits: Limits) -> None:
         part, segment = divmod(unit, num_segments)
         for tile in range(tiles.ranges[part, segment, 0], tiles.ranges[part, segment, 1]):
             pieces_U[unit] += ceil_divide(tiles.ranks[tile], PIECE_ROWS)
-    first_item = first_items(tiles, pieces_U, limits.max_tokens)
-    next_item = np.zeros(1, np.int64)
-    for _ in prange(limits.num_threads):
-        _shrink_items(x_TI, h_QTR, tiles, first_item, next_item)
+    return first_items(tiles, pieces_U, limits.max_tokens), np.zeros(1, np.int64)
 
 
-@inlined
+@called
 def _shrink_items(
     x_TI: Any, h_QTR: Any, tiles: TileArrays, first_item: Any, next_item: Any
 ) -> None:
@@ -64,7 +68,7 @@ def _shrink_items(
         item = add_atomically(next_item, 0, 1)
 
 
-@inlined
+@called
 def _shrink_rows(x_TI: Any, h_TR: Any, pool: Any, a_offset: int) -> None:
     """h = x @ A.T for up to four rows of A, four tokens at a time.
 

@@ -1,7 +1,7 @@
 """The work of one LoRA kernel call, cut into items for the threads.
 
-Items depend on the batch alone, never on the number of threads, and every sum inside an item has one
-order, so results are equal bit for bit however many threads run. Used by shrink and expand.
+Items depend on the batch alone, never on the number of threads, and every sum inside an item has
+one order, so results are equal bit for bit however many threads run. Used by shrink and expand.
 
     unit   one segment at one part of a fused linear
     piece  shrink: 4 rows of one A; expand: 256 columns of all Bt
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from loraswarm.kernels import MAX_TILE_RANKS
-from loraswarm.kernels.cpu.jit import inlined
+from loraswarm.kernels.cpu.jit import called
 
 ITEM_TOKENS = 16
 
@@ -43,7 +43,7 @@ class Limits(NamedTuple):
     num_threads: int
 
 
-@inlined
+@called
 def check_tiles(tiles: TileArrays, h_QTR: Any) -> None:
     """Raise ValueError where a table would lead outside of the pool or of the batch."""
     num_parts, num_segments = tiles.ranges.shape[:2]
@@ -63,7 +63,7 @@ def check_tiles(tiles: TileArrays, h_QTR: Any) -> None:
                 _check_tile(tiles, tile, tiles.widths[part])
 
 
-@inlined
+@called
 def _check_tile(tiles: TileArrays, tile: int, width: int) -> None:
     ranks, offset = tiles.ranks[tile], tiles.offset[tile]
     if ranks < 1 or ranks > MAX_TILE_RANKS:
@@ -72,13 +72,13 @@ def _check_tile(tiles: TileArrays, tile: int, width: int) -> None:
         raise ValueError("a tile lies outside of the pool: tiles.a_offset or tiles.bt_offset")
 
 
-@inlined
+@called
 def ceil_divide(amount: int, unit: int) -> int:
     """How many units hold `amount`."""
     return (amount + unit - 1) // unit
 
 
-@inlined
+@called
 def first_items(tiles: TileArrays, pieces_U: Any, max_tokens: int) -> Any:
     """The number of each unit's first item, then the number of all items."""
     num_segments = tiles.ranges.shape[1]
@@ -93,12 +93,13 @@ def first_items(tiles: TileArrays, pieces_U: Any, max_tokens: int) -> Any:
     return first_item
 
 
-@inlined
+@called
 def locate(item: int, tiles: TileArrays, first_item: Any) -> tuple[int, int, int, int, int]:
     """(part, segment, piece, first token, end token) of an item."""
     unit = np.searchsorted(first_item, item, side="right") - 1
     part, segment = divmod(unit, tiles.ranges.shape[1])
-    begin, end = np.int64(tiles.segments[segment]), np.int64(tiles.segments[segment + 1])
+    begin: Any = np.int64(tiles.segments[segment])
+    end: Any = np.int64(tiles.segments[segment + 1])
     piece, block = divmod(item - first_item[unit], ceil_divide(end - begin, ITEM_TOKENS))
     begin += block * ITEM_TOKENS
     return part, segment, piece, begin, min(begin + ITEM_TOKENS, end)

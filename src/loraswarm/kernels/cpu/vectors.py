@@ -1,9 +1,9 @@
 """Float vectors of a fixed number of lanes for Numba: a kernel says itself how it is vectorised.
 
-Elements of bfloat16, float16 and float32 arrays are widened to float32 in registers and rounded back
-(to nearest, ties to even) when stored. NumPy has no bfloat16: its bits travel as uint16, those of
-float16 as int16. An index counts elements from an array's first, whatever its shape; nothing checks
-bounds. Used only by the kernels of this package.
+Elements of bfloat16, float16 and float32 arrays are widened to float32 in registers and rounded
+back (to nearest, ties to even) when stored. NumPy has no bfloat16: its bits travel as uint16, those
+of float16 as int16. An index counts elements from an array's first, whatever its shape; nothing
+checks bounds. Used only by the kernels of this package.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
+
+from loraswarm.kernels.cpu.jit import inlined
 
 _F16, _F32 = ir.HalfType(), ir.FloatType()
 _I16, _I32 = ir.IntType(16), ir.IntType(32)
@@ -65,12 +67,25 @@ def broadcast(context: Any, like: Vector, value: Any) -> Any:
 
 
 @intrinsic
+def element(context: Any, array: Any, index: Any) -> Any:
+    """One element of a float32 array."""
+    assert array.dtype == types.float32
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.load(_pointer(context, builder, array, values[0], values[1]))
+
+    return types.float32(array, types.intp), generate
+
+
+@intrinsic
 def load(context: Any, like: Vector, array: Any, index: Any) -> Any:
     """Elements `index : index + lanes` of `array`."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        pointer = _element(context, builder, array, values[1], values[2])
-        wide = builder.bitcast(pointer, ir.VectorType(pointer.type.pointee, like.lanes).as_pointer())
+        pointer = _pointer(context, builder, array, values[1], values[2])
+        wide = builder.bitcast(
+            pointer, ir.VectorType(pointer.type.pointee, like.lanes).as_pointer()
+        )
         return _widen(builder, builder.load(wide, align=_align(array)), array.dtype)
 
     return like(like, array, types.intp), generate
@@ -81,7 +96,7 @@ def load_part(context: Any, like: Vector, array: Any, index: Any, count: Any) ->
     """Elements `index : index + count`; the lanes from `count` on are zero and are not read."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        pointer = _element(context, builder, array, values[1], values[2])
+        pointer = _pointer(context, builder, array, values[1], values[2])
         kind = pointer.type.pointee
         staged = cgutils.alloca_once(builder, ir.VectorType(kind, like.lanes))
         builder.store(_constant(kind, 0, like.lanes), staged)
@@ -96,7 +111,7 @@ def store(context: Any, value: Vector, array: Any, index: Any) -> Any:
     """Write every lane to elements `index : index + lanes`, rounded to the array's type."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        pointer = _element(context, builder, array, values[1], values[2])
+        pointer = _pointer(context, builder, array, values[1], values[2])
         narrow = _narrow(builder, values[0], array.dtype)
         wide = builder.bitcast(pointer, narrow.type.as_pointer())
         builder.store(narrow, wide, align=_align(array))
@@ -110,7 +125,7 @@ def store_part(context: Any, value: Vector, array: Any, index: Any, count: Any) 
     """Write the first `count` lanes as `store` does; other elements keep their bits."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        pointer = _element(context, builder, array, values[1], values[2])
+        pointer = _pointer(context, builder, array, values[1], values[2])
         narrow = _narrow(builder, values[0], array.dtype)
         staged = cgutils.alloca_once(builder, narrow.type)
         builder.store(narrow, staged)
@@ -210,7 +225,7 @@ def num_lanes(context: Any, value: Vector) -> Any:
     return types.intp(value), generate
 
 
-@njit(forceinline=True)
+@inlined
 def load_up_to(like: Any, array: Any, index: int, count: int) -> Any:
     """`load`, or `load_part` if fewer than all lanes are left."""
     if count >= num_lanes(like):
@@ -218,7 +233,7 @@ def load_up_to(like: Any, array: Any, index: int, count: int) -> Any:
     return load_part(like, array, index, count)
 
 
-@njit(forceinline=True)
+@inlined
 def store_up_to(value: Any, array: Any, index: int, count: int) -> None:
     """`store`, or `store_part` if fewer than all lanes are left."""
     if count >= num_lanes(value):
@@ -227,7 +242,7 @@ def store_up_to(value: Any, array: Any, index: int, count: int) -> None:
         store_part(value, array, index, count)
 
 
-@njit(forceinline=True)
+@inlined
 def exp2(exponent: Any) -> Any:
     """2 ** exponent for exponents up to 0; 2 ** -126 below that; NaN stays NaN.
 
@@ -246,7 +261,7 @@ def exp2(exponent: Any) -> Any:
     return multiply(result, power_of_two(shifted))
 
 
-def _element(context: Any, builder: Any, array: Any, value: Any, index: Any) -> Any:
+def _pointer(context: Any, builder: Any, array: Any, value: Any, index: Any) -> Any:
     data = context.make_array(array)(context, builder, value).data
     return builder.gep(data, [index])
 

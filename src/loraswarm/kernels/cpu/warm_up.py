@@ -16,8 +16,9 @@ from loraswarm.kernels.cpu.lora import crossover, lora_expand_, lora_shrink
 from loraswarm.kernels.cpu.paged import paged_attention, write_kv_
 
 MEASURED_WIDTH = 1024
-MEASURED_TOKENS = (32, 128, 512)
+MEASURED_TOKENS = (512, 128, 32)
 MEASURED_RUNS = 5
+CLEARLY_FASTER = 0.8  # of the other's time; less is noise
 
 
 def warm_up(dtype_name: str, report: Callable[[str], None]) -> None:
@@ -44,17 +45,17 @@ def warm_up(dtype_name: str, report: Callable[[str], None]) -> None:
 
 
 def measure_crossover(dtype: torch.dtype) -> None:
-    """Time kernels and torch on ever longer segments until torch is faster; set `crossover`."""
-    longest = 0
+    """Time kernels and torch on ever shorter segments while torch is faster; set `crossover`."""
+    max_tokens = sys.maxsize
     for num_tokens in MEASURED_TOKENS:
         case = _LoraCase(dtype, num_tokens, MEASURED_WIDTH)
         crossover.set_max_tokens(dtype, 0)
         torch_s = case.fastest_s()
         crossover.set_max_tokens(dtype, sys.maxsize)
-        if torch_s < case.fastest_s():
-            crossover.set_max_tokens(dtype, longest)
-            return
-        longest = num_tokens
+        if torch_s > CLEARLY_FASTER * case.fastest_s():
+            break
+        max_tokens = num_tokens - 1
+    crossover.set_max_tokens(dtype, max_tokens)
 
 
 class _LoraCase:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from numba import prange
 
 from loraswarm.kernels.cpu.attention_plan import PagedKV
-from loraswarm.kernels.cpu.jit import inlined, kernel
+from loraswarm.kernels.cpu.jit import called, kernel
 
 
 class NewKV(NamedTuple):
@@ -35,7 +35,7 @@ def write(kv: PagedKV, new: NewKV, slots_T: Any, head_size: int) -> None:
         _write_token(kv, new, token, slots_T[token], head_size)
 
 
-@inlined
+@called
 def _write_token(kv: PagedKV, new: NewKV, token: int, slot: int, head_size: int) -> None:
     page, row = divmod(slot, kv.page_tokens)
     start = kv.start + page * kv.page_stride + row * kv.token_stride
