@@ -3,7 +3,7 @@
     python benchmarks/random_swarm.py DIR --size qwen2.5-0.5b --adapters 100 --ranks 8,16,32,64
 
 makes DIR/model (a Hugging Face directory with the demo's tokenizer) and DIR/adapters/a000 and on.
-The weights are random: the text it generates means nothing, its speed and memory are those of the size.
+The weights are random: the text means nothing, speed and memory are those of the size.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def tile_layout(
 
 
 def _pack(sizes: Iterable[int], geometry: PageGeometry) -> tuple[list[tuple[int, int]], int]:
-    """First-fit decreasing: (page, element) of each block in the order given, and the page count."""
+    """First-fit decreasing: (page, element) of each block as given, and the number of pages."""
     align = geometry.alignment_elements
     rounded = [-(-size // align) * align for size in sizes]
     order = sorted(range(len(rounded)), key=lambda index: -rounded[index])
