@@ -172,7 +172,7 @@ def _engine_config(**fields: Any) -> EngineConfig:
 def main() -> None:
     """Run a command; a user's mistake is one line on standard error and exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    for chatty in ("httpx", "openai"):
+    for chatty in ("httpx", "httpx2", "openai", "uvicorn.error"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)

@@ -40,7 +40,6 @@ from loraswarm.engine.messages import (
 from loraswarm.engine.setup import build_engine
 from loraswarm.errors import EngineError, InvalidRequest, LoRASwarmError
 
-IDLE_POLL_MS = 1000
 log = logging.getLogger(__name__)
 
 
@@ -55,10 +54,11 @@ class ChildEngine:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._commands = context.socket(zmq.PULL)
         self._replies = context.socket(zmq.PUSH)
-        self._commands.bind(commands_address(directory))
-        self._replies.connect(replies_address(directory))
         self._replies.setsockopt(zmq.SNDHWM, 0)
         self._replies.setsockopt(zmq.LINGER, 1000)
+        self._commands.setsockopt(zmq.RCVHWM, 0)
+        self._commands.bind(commands_address(directory))
+        self._replies.connect(replies_address(directory))
         self._poller = zmq.Poller()
         self._poller.register(self._commands, zmq.POLLIN)
         self._poller.register(sys.stdin.fileno(), zmq.POLLIN)
@@ -105,13 +105,13 @@ class ChildEngine:
             raise AssertionError(f"unexpected command {command}")
 
     def _receive(self, wait: bool) -> Command | None:
-        """The next command; None if there is none (or none came while waiting)."""
-        ready = dict(self._poller.poll(IDLE_POLL_MS if wait else 0))
+        """The next command; without `wait`, None if there is none now."""
+        ready = dict(self._poller.poll(None if wait else 0))
         if sys.stdin.fileno() in ready and not os.read(sys.stdin.fileno(), 1024):
             raise ParentGone
         if self._commands in ready:
             return decode_command(self._commands.recv())
-        return self._receive(wait) if wait else None
+        return None
 
     def _send(self, reply: Reply) -> None:
         self._replies.send(encode(reply))

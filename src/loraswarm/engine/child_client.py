@@ -41,6 +41,7 @@ from loraswarm.engine.messages import (
 from loraswarm.errors import ConfigError, EngineError, LoRASwarmError
 
 STOP_TIMEOUT_S = 10.0
+LAST_REPLIES_S = 0.1  # what the process sent last may still be in the socket
 Report = Callable[[str], None]
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,9 @@ class ChildEngineClient:
         self._closed = asyncio.Event()
         self._failure: ErrorInfo | None = None
         self._report: Report = log.info
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+        self._is_ready = False
+        self._reader = asyncio.create_task(self._read())
+        self._watcher = asyncio.create_task(self._watch())
 
     @classmethod
     async def start(cls, config: EngineConfig, report: Report = log.info) -> ChildEngineClient:
@@ -137,7 +140,9 @@ class ChildEngineClient:
 
     async def close(self) -> None:
         """Stop the process (killed if it does not end in time) and remove its sockets."""
-        if self._process.returncode is None:
+        if self._process.returncode is None and not self._is_ready:
+            self._process.kill()  # still loading: it would not read a command
+        elif self._process.returncode is None:
             self._send(Stop())
             try:
                 await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
@@ -145,9 +150,8 @@ class ChildEngineClient:
                 log.warning("engine pid=%d did not stop; killing it", self._process.pid)
                 self._process.kill()
         await self._closed.wait()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._reader.cancel()
+        await asyncio.gather(self._reader, self._watcher, return_exceptions=True)
         if not self._context.closed:
             self._replies.close(linger=0)
             self._commands.close(linger=0)
@@ -166,18 +170,27 @@ class ChildEngineClient:
                     if queue := self._queues.get(event.request_id):
                         queue.put_nowait(event)
             elif isinstance(reply, StatsReply):
-                self._stats.pop(0).set_result(reply.stats)
+                future = self._stats.pop(0)
+                if not future.done():
+                    future.set_result(reply.stats)
             elif isinstance(reply, Progress):
                 self._report(reply.line)
             elif isinstance(reply, Ready):
-                self._info.set_result(reply.info)
+                if not self._info.done():
+                    self._info.set_result(reply.info)
+                self._is_ready = True
             elif isinstance(reply, Failed):
                 self._failure = reply.error
 
     async def _watch(self) -> None:
-        """When the process ends, end everything that waits for it."""
-        await self._process.wait()
-        await asyncio.sleep(0.1)  # what it sent last may still be in the socket
+        """When the process ends, or cannot be understood, end everything that waits for it."""
+        ended = asyncio.create_task(self._process.wait())
+        await asyncio.wait({ended, self._reader}, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            log.error("engine pid=%d cannot be read: %r", self.pid, self._reader.exception())
+            self._process.kill()
+        await ended
+        await asyncio.sleep(LAST_REPLIES_S)
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._closed.set()
