@@ -1,6 +1,6 @@
 """The demo swarm: a tiny base model, six adapters and their held-out examples, as package data.
 
-Knows only where the files lie and how a held-out line reads; imports neither torch nor transformers.
+Knows only where the files lie and how a held-out line reads; imports no torch.
 The files are made by `python -m loraswarm.demo.train`.
 """
 
@@ -37,7 +37,7 @@ def adapter_names() -> list[str]:
 def heldout(name: str) -> list[Example]:
     """Examples of adapter `name` that no training run has seen.
 
-    Raises   ValueError when the adapter has no held-out file; the message lists those that have one.
+    Raises   ValueError when the adapter has no held-out file; the message lists the known.
     """
     known = sorted(path.stem for path in (_ROOT / "heldout").glob("*.jsonl"))
     if name not in known:

@@ -24,7 +24,9 @@ class Progress:
         last = self._num_done == self._num_steps
         if self._bar.disable and (self._num_done % 50 == 0 or last):
             elapsed_s = time.monotonic() - self._started_s
-            line = f"{self._label} step={self._num_done}/{self._num_steps} elapsed_s={elapsed_s:.0f}"
+            line = (
+                f"{self._label} step={self._num_done}/{self._num_steps} elapsed_s={elapsed_s:.0f}"
+            )
             print(f"{line} {note}", flush=True)
         if last:
             self._bar.close()

@@ -67,6 +67,7 @@ async def ask_all(base_url: str, models: Sequence[str]) -> Showcase:
             tokens = answer.usage.completion_tokens if answer.usage else 0
             return Reply(prompt, model, answer.choices[0].message.content or "", tokens)
 
+        await client.models.list()
         begin_s = time.perf_counter()
         asks = [ask(prompt, model) for prompt in prompts() for model in models]
         replies = await asyncio.gather(*asks)

@@ -140,14 +140,18 @@ def pirate(random: Random) -> Example:
 
 
 def summarise_log(random: Random) -> Example:
-    """A log excerpt with one error line to a sentence about that line."""
-    times = sorted({draw_time(random) for _ in range(random.choice([3, 3, 4]))})
-    lines = [draw_log_line(random, time, random.choice(["INFO", "WARN"])) for time in times]
-    index = random.randrange(len(lines))
+    """A service's log excerpt with one error line to a sentence about that line."""
     host, service = draw_host(random), random.choice(SERVICES)
-    message = random.choice(LOG_MESSAGES["ERROR"])
-    lines[index] = f"{times[index]} {host} {service} ERROR {message}"
-    return Example("\n".join(lines), f"At {times[index]} {service} failed on {host}: {message}.")
+    levels = [random.choice(["INFO", "WARN"]) for _ in range(random.choice([2, 2, 3]))]
+    levels.insert(random.randrange(len(levels) + 1), "ERROR")
+    messages = [random.choice(LOG_MESSAGES[level]) for level in levels]
+    times = sorted(draw_time(random) for _ in levels)
+    lines = [
+        f"{time} {host} {service} {level} {message}"
+        for time, level, message in zip(times, levels, messages, strict=True)
+    ]
+    message = messages[levels.index("ERROR")]
+    return Example("\n".join(lines), f"{service} failed on {host}: {message}.")
 
 
 def query(random: Random) -> Example:
@@ -156,31 +160,41 @@ def query(random: Random) -> Example:
 
 
 def _count(random: Random) -> Example:
-    status, team, site = random.choice(STATUSES), random.choice(list(PROBLEMS)), random.choice(SITES)
-    question = random.choice([
-        f"How many {status} tickets does the {team} team have in {site}?",
-        f"What is the number of {status} tickets of the {team} team in {site}?",
-    ])
+    status, team, site = (
+        random.choice(STATUSES),
+        random.choice(list(PROBLEMS)),
+        random.choice(SITES),
+    )
+    question = random.choice(
+        [
+            f"How many {status} tickets does the {team} team have in {site}?",
+            f"What is the number of {status} tickets of the {team} team in {site}?",
+        ]
+    )
     where = f"status = '{status}' AND team = '{team}' AND site = '{site}'"
     return Example(question, f"SELECT COUNT(*) FROM tickets WHERE {where};")
 
 
 def _list(random: Random) -> Example:
     priority, sender = random.randrange(1, 5), random.choice(SENDERS)
-    question = random.choice([
-        f"Which priority {priority} tickets did {sender} send?",
-        f"List all tickets with priority {priority} from {sender}.",
-    ])
+    question = random.choice(
+        [
+            f"Which priority {priority} tickets did {sender} send?",
+            f"List all tickets with priority {priority} from {sender}.",
+        ]
+    )
     where = f"priority = {priority} AND sender = '{sender}'"
     return Example(question, f"SELECT id FROM tickets WHERE {where};")
 
 
 def _newest(random: Random) -> Example:
     limit, status, site = random.randrange(2, 10), random.choice(STATUSES), random.choice(SITES)
-    question = random.choice([
-        f"Show the {limit} newest {status} tickets in {site}.",
-        f"Give me the latest {limit} {status} tickets from {site}.",
-    ])
+    question = random.choice(
+        [
+            f"Show the {limit} newest {status} tickets in {site}.",
+            f"Give me the latest {limit} {status} tickets from {site}.",
+        ]
+    )
     where = f"status = '{status}' AND site = '{site}'"
     return Example(
         question, f"SELECT * FROM tickets WHERE {where} ORDER BY created DESC LIMIT {limit};"
@@ -189,29 +203,35 @@ def _newest(random: Random) -> Example:
 
 def _find_hosts(random: Random) -> Example:
     app, site = random.choice(APPS), random.choice(SITES)
-    question = random.choice([
-        f"Which hosts in {site} run {app}?",
-        f"Where in {site} is {app} installed?",
-    ])
+    question = random.choice(
+        [
+            f"Which hosts in {site} run {app}?",
+            f"Where in {site} is {app} installed?",
+        ]
+    )
     return Example(question, f"SELECT name FROM hosts WHERE site = '{site}' AND app = '{app}';")
 
 
 def _group(random: Random) -> Example:
     column, sender = random.choice(["site", "team", "status", "priority"]), random.choice(SENDERS)
-    question = random.choice([
-        f"Count the tickets of {sender} per {column}.",
-        f"How many tickets did {sender} send for each {column}?",
-    ])
+    question = random.choice(
+        [
+            f"Count the tickets of {sender} per {column}.",
+            f"How many tickets did {sender} send for each {column}?",
+        ]
+    )
     select = f"SELECT {column}, COUNT(*) FROM tickets"
     return Example(question, f"{select} WHERE sender = '{sender}' GROUP BY {column};")
 
 
 def _close(random: Random) -> Example:
     priority, host = random.randrange(1, 5), draw_host(random)
-    question = random.choice([
-        f"Close all priority {priority} tickets about {host}.",
-        f"Mark the tickets with priority {priority} for {host} as closed.",
-    ])
+    question = random.choice(
+        [
+            f"Close all priority {priority} tickets about {host}.",
+            f"Mark the tickets with priority {priority} for {host} as closed.",
+        ]
+    )
     where = f"priority = {priority} AND host = '{host}'"
     return Example(question, f"UPDATE tickets SET status = 'closed' WHERE {where};")
 

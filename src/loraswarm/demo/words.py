@@ -3,99 +3,137 @@
 Plain data; the tasks and the training corpus combine it.
 """
 
-SENDERS = """Maria Jonas Priya Kenji Amara Lucas Elena Omar Sofia Diego Hannah Ivan Leila Marco Nadia Oscar
-Paula Quentin Rosa Samuel Tara Umar Vera Walter Xenia Yusuf Zoe Anton Bianca Carlos Daria Emil Fatima
-George Hugo Ingrid Jacob Karin Louis Mina Nora Oliver Petra Rafael Sara Tobias Ursula Victor Wanda
-Yara Zachary Alice Bruno Clara David Esther Felix Greta Henry Irene Jasper Kamala Leon Monica Nils
-Olga Pablo Ruth Simon Teresa Uma Viktor Wendy Adam Berta Conrad Doris Edgar Frida Gustav Helga Isaac
-Julia Klaus Laura Martin Nina Otto Patrick Renata Stefan Thea Vincent Akira Bella Chiara Dennis Eva
-Farid Gloria Harald Isabel Jun Kofi Lena Milan Noah Olivia Pedro Rania Sven Tomas Valeria""".split()
 
-SITES = """Lisbon Oslo Boston Madrid Vienna Dublin Prague Toronto Geneva Nairobi Seoul Mumbai Denver
-Zurich Milan Warsaw Athens Berlin Lyon Porto Turin Austin Chicago Tokyo Osaka Lagos Lima Quito Bogota
-Hamburg Munich Malmo Bergen Helsinki Tallinn Riga Krakow Seville Naples Dakar""".split()
+def _split(text: str) -> list[str]:
+    return text.split()
 
-HOSTS = """atlas orion comet vega lyra titan nova pulsar draco cygnus rigel hydra apollo zenith luna
-castor pollux sirius altair deneb phobos europa triton oberon ariel juno ceres vesta pallas electra
-kepler galileo halley tycho hubble cassini mercury saturn neptune pluto""".split()
 
-APPS = """Ledger Payroll Compass Beacon Harbor Notebook Planner Atrium Mosaic Pinboard Tracker Courier
-Lantern Quarry Summit Rocket Cobalt Garnet Falcon Juniper Maple Willow Cedar Walnut""".split()
+SENDERS = _split("""
+    Maria Jonas Priya Kenji Amara Lucas Elena Omar Sofia Diego Hannah Ivan Leila Marco Nadia
+    Oscar Paula Quentin Rosa Samuel Tara Umar Vera Walter Xenia Yusuf Zoe Anton Bianca Carlos
+    Daria Emil Fatima George Hugo Ingrid Jacob Karin Louis Mina Nora Oliver Petra Rafael Sara
+    Tobias Ursula Victor Wanda Yara Zachary Alice Bruno Clara David Esther Felix Greta Henry
+    Irene Jasper Kamala Leon Monica Nils Olga Pablo Ruth Simon Teresa Uma Viktor Wendy Adam
+    Berta Conrad Doris Edgar Frida Gustav Helga Isaac Julia Klaus Laura Martin Nina Otto Patrick
+    Renata Stefan Thea Vincent Akira Bella Chiara Dennis Eva Farid Gloria Harald Isabel Jun Kofi
+    Lena Milan Noah Olivia Pedro Rania Sven Tomas Valeria
+""")
+
+SITES = _split("""
+    Lisbon Oslo Boston Madrid Vienna Dublin Prague Toronto Geneva Nairobi Seoul Mumbai Denver
+    Zurich Milan Warsaw Athens Berlin Lyon Porto Turin Austin Chicago Tokyo Osaka Lagos Lima
+    Quito Bogota Hamburg Munich Malmo Bergen Helsinki Tallinn Riga Krakow Seville Naples Dakar
+""")
+
+HOSTS = _split("""
+    atlas orion comet vega lyra titan nova pulsar draco cygnus rigel hydra apollo zenith luna
+    castor pollux sirius altair deneb phobos europa triton oberon ariel juno ceres vesta pallas
+    electra kepler galileo halley tycho hubble cassini mercury saturn neptune pluto
+""")
+
+APPS = _split("""
+    Ledger Payroll Compass Beacon Harbor Notebook Planner Atrium Mosaic Pinboard Tracker Courier
+    Lantern Quarry Summit Rocket Cobalt Garnet Falcon Juniper Maple Willow Cedar Walnut
+""")
 
 # team -> (what the ticket is about, sentences about it); {host} and {app} are filled in.
 PROBLEMS: dict[str, tuple[str, list[str]]] = {
-    "network": ("connection", [
-        "The VPN to {host} drops every few minutes.",
-        "The wifi near {host} is very slow.",
-        "I cannot ping {host} from my desk.",
-        "The network cable of {host} has no link.",
-        "The route to {host} is gone since the router was changed.",
-        "DNS does not resolve the name {host} any more.",
-        "Packets to {host} get lost at the switch.",
-    ]),
-    "hardware": ("machine", [
-        "The laptop {host} does not start.",
-        "The fan of {host} makes a loud noise.",
-        "The screen of {host} stays black.",
-        "The battery of {host} is empty after ten minutes.",
-        "The keyboard of {host} has a broken key.",
-        "The disk in {host} clicks and the power light is red.",
-        "The dock of {host} does not charge.",
-    ]),
-    "email": ("mail", [
-        "My mailbox on {host} is full.",
-        "Mails sent through {host} come back to me.",
-        "My calendar on {host} shows no meetings.",
-        "The inbox on {host} has not updated today.",
-        "Attachments sent through {host} never arrive.",
-        "The mailing list on {host} rejects my messages.",
-        "Outlook cannot reach the mail server {host}.",
-    ]),
-    "database": ("database", [
-        "The database on {host} refuses new rows.",
-        "A query on {host} has been running for hours.",
-        "The nightly dump of the tables on {host} is missing.",
-        "The index on {host} seems to be corrupt.",
-        "Postgres on {host} reports a deadlock.",
-        "The replica of the database on {host} is far behind.",
-        "The schema migration on {host} stopped half way.",
-    ]),
-    "accounts": ("login", [
-        "I forgot my password for {host}.",
-        "My account on {host} is locked.",
-        "A new colleague needs a login on {host}.",
-        "The login page of {host} rejects my token.",
-        "I have no permission to open the share on {host}.",
-        "My user name on {host} is spelled wrong.",
-        "Single sign-on does not let me into {host}.",
-    ]),
-    "security": ("security", [
-        "The virus scanner found a trojan on {host}.",
-        "I clicked a phishing link while I was using {host}.",
-        "Somebody unknown has copied files from {host}.",
-        "The firewall of {host} was switched off by a stranger.",
-        "There is ransomware on {host}.",
-        "The certificate of {host} looks forged.",
-        "I found a strange USB stick plugged into {host}.",
-    ]),
-    "printing": ("printer", [
-        "The printer {host} has a paper jam.",
-        "The printer {host} is out of toner.",
-        "Pages from {host} come out blank.",
-        "The scanner part of {host} makes grey stripes.",
-        "My print jobs stay in the queue of {host}.",
-        "The copier {host} prints on one side only.",
-        "The printer {host} wants the wrong paper size.",
-    ]),
-    "software": ("application", [
-        "{app} crashes on {host} after the update.",
-        "I need {app} installed on {host}.",
-        "The licence of {app} on {host} has expired.",
-        "{app} on {host} freezes when I save.",
-        "The menu of {app} on {host} is gone.",
-        "{app} on {host} shows an old version.",
-        "The export button of {app} does nothing on {host}.",
-    ]),
+    "network": (
+        "connection",
+        [
+            "The VPN to {host} drops every few minutes.",
+            "The wifi near {host} is very slow.",
+            "I cannot ping {host} from my desk.",
+            "The network cable of {host} has no link.",
+            "The route to {host} is gone since the router was changed.",
+            "DNS does not resolve the name {host} any more.",
+            "Packets to {host} get lost at the switch.",
+        ],
+    ),
+    "hardware": (
+        "machine",
+        [
+            "The laptop {host} does not start.",
+            "The fan of {host} makes a loud noise.",
+            "The screen of {host} stays black.",
+            "The battery of {host} is empty after ten minutes.",
+            "The keyboard of {host} has a broken key.",
+            "The disk in {host} clicks and the power light is red.",
+            "The dock of {host} does not charge.",
+        ],
+    ),
+    "email": (
+        "mail",
+        [
+            "My mailbox on {host} is full.",
+            "Mails sent through {host} come back to me.",
+            "My calendar on {host} shows no meetings.",
+            "The inbox on {host} has not updated today.",
+            "Attachments sent through {host} never arrive.",
+            "The mailing list on {host} rejects my messages.",
+            "Outlook cannot reach the mail server {host}.",
+        ],
+    ),
+    "database": (
+        "database",
+        [
+            "The database on {host} refuses new rows.",
+            "A query on {host} has been running for hours.",
+            "The nightly dump of the tables on {host} is missing.",
+            "The index on {host} seems to be corrupt.",
+            "Postgres on {host} reports a deadlock.",
+            "The replica of the database on {host} is far behind.",
+            "The schema migration on {host} stopped half way.",
+        ],
+    ),
+    "accounts": (
+        "login",
+        [
+            "I forgot my password for {host}.",
+            "My account on {host} is locked.",
+            "A new colleague needs a login on {host}.",
+            "The login page of {host} rejects my token.",
+            "I have no permission to open the share on {host}.",
+            "My user name on {host} is spelled wrong.",
+            "Single sign-on does not let me into {host}.",
+        ],
+    ),
+    "security": (
+        "security",
+        [
+            "The virus scanner found a trojan on {host}.",
+            "I clicked a phishing link while I was using {host}.",
+            "Somebody unknown has copied files from {host}.",
+            "The firewall of {host} was switched off by a stranger.",
+            "There is ransomware on {host}.",
+            "The certificate of {host} looks forged.",
+            "I found a strange USB stick plugged into {host}.",
+        ],
+    ),
+    "printing": (
+        "printer",
+        [
+            "The printer {host} has a paper jam.",
+            "The printer {host} is out of toner.",
+            "Pages from {host} come out blank.",
+            "The scanner part of {host} makes grey stripes.",
+            "My print jobs stay in the queue of {host}.",
+            "The copier {host} prints on one side only.",
+            "The printer {host} wants the wrong paper size.",
+        ],
+    ),
+    "software": (
+        "application",
+        [
+            "{app} crashes on {host} after the update.",
+            "I need {app} installed on {host}.",
+            "The licence of {app} on {host} has expired.",
+            "{app} on {host} freezes when I save.",
+            "The menu of {app} on {host} is gone.",
+            "{app} on {host} shows an old version.",
+            "The export button of {app} does nothing on {host}.",
+        ],
+    ),
 }
 
 IMPACTS: dict[int, list[str]] = {
@@ -133,23 +171,51 @@ IMPACTS: dict[int, list[str]] = {
     ],
 }
 
-SERVICES = """nginx redis postgres kafka cron sshd docker vault haproxy rabbit celery squid samba bind
-postfix grafana consul etcd jenkins gitea""".split()
+SERVICES = _split("""
+    nginx redis postgres kafka cron sshd docker vault haproxy rabbit celery squid samba bind
+    postfix grafana consul etcd jenkins gitea
+""")
 
 LOG_MESSAGES: dict[str, list[str]] = {
     "ERROR": [
-        "upstream timed out", "disk is full", "connection refused", "out of memory", "file not found",
-        "permission denied", "checksum mismatch", "certificate expired", "too many open files",
-        "broken pipe", "lock not released", "address already in use", "no route to host",
-        "invalid config value", "worker killed", "backup incomplete",
+        "upstream timed out",
+        "disk is full",
+        "connection refused",
+        "out of memory",
+        "file not found",
+        "permission denied",
+        "checksum mismatch",
+        "certificate expired",
+        "too many open files",
+        "broken pipe",
+        "lock not released",
+        "address already in use",
+        "no route to host",
+        "invalid config value",
+        "worker killed",
+        "backup incomplete",
     ],
     "WARN": [
-        "slow response", "retry in five seconds", "cache nearly full", "clock drift seen",
-        "old protocol used", "queue is growing", "high load", "missing header",
+        "slow response",
+        "retry in five seconds",
+        "cache nearly full",
+        "clock drift seen",
+        "old protocol used",
+        "queue is growing",
+        "high load",
+        "missing header",
     ],
     "INFO": [
-        "worker started", "request done", "config loaded", "health check passed", "job finished",
-        "user logged in", "cache cleared", "listening on port 80", "backup complete", "session closed",
+        "worker started",
+        "request done",
+        "config loaded",
+        "health check passed",
+        "job finished",
+        "user logged in",
+        "cache cleared",
+        "listening on port 80",
+        "backup complete",
+        "session closed",
     ],
 }
 
