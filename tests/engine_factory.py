@@ -15,7 +15,7 @@ from loraswarm.config import EngineConfig
 from loraswarm.core.events import SequenceEvent
 from loraswarm.core.request import Request, SamplingParams
 from loraswarm.engine.engine import Engine
-from loraswarm.engine.setup import build_engine
+from loraswarm.engine.setup import Report, build_engine
 from loraswarm.models.families import decoder_config
 from loraswarm.models.source import read_config
 from model_factory import save_tiny_model
@@ -26,15 +26,19 @@ RANKS = (1, 4, 8, 16, 17, 24, 40, 64)
 
 
 def save_swarm(
-    path: Path, num_adapters: int, ranks: Iterable[int] = RANKS, has_tokenizer: bool = False
+    path: Path,
+    num_adapters: int,
+    ranks: Iterable[int] = RANKS,
+    has_tokenizer: bool = False,
+    **overrides: Any,
 ) -> None:
-    """`path`/model and `path`/adapters/a000 ...; ranks take turns."""
+    """`path`/model and `path`/adapters/a000 ...; ranks take turns; `overrides` go to the model."""
     if has_tokenizer:
         tokenizer = byte_level()
-        save_tiny_model(path / "model", vocab_size=tokenizer.vocab_size)
+        save_tiny_model(path / "model", vocab_size=tokenizer.vocab_size, **overrides)
         tokenizer._loaded.save_pretrained(path / "model")
     else:
-        save_tiny_model(path / "model")
+        save_tiny_model(path / "model", **overrides)
     shape = decoder_config(read_config(path / "model")).shape()
     ranks = tuple(ranks)
     for index in range(num_adapters):
@@ -48,7 +52,7 @@ def save_swarm(
         )
 
 
-def make_engine(path: Path, **options: Any) -> Engine:
+def make_engine(path: Path, report: Report | None = None, **options: Any) -> Engine:
     """The engine of a saved swarm; small pool and context unless `options` say otherwise."""
     defaults = {
         "model": str(path / "model"),
@@ -57,7 +61,8 @@ def make_engine(path: Path, **options: Any) -> Engine:
         "num_threads": 2,
         "seed": 0,
     }
-    return build_engine(EngineConfig.from_options(defaults | options))
+    config = EngineConfig.from_options(defaults | options)
+    return build_engine(config, report) if report else build_engine(config)
 
 
 def prompt_of(index: int, length: int) -> tuple[int, ...]:

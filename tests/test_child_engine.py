@@ -15,13 +15,13 @@ from loraswarm.core.request import SamplingParams
 from loraswarm.engine.child_client import ChildEngineClient
 from loraswarm.errors import ConfigError, EngineError
 
-LONG = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=4000, temperature=0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def swarm(tmp_path_factory):
     path = tmp_path_factory.mktemp("swarm")
-    save_swarm(path, 3)
+    save_swarm(path, 3, max_position_embeddings=4096)
     return path
 
 
@@ -78,11 +78,14 @@ def test_closing_a_stream_early_aborts_it_and_frees_its_pages(swarm):
         try:
             stream = client.generate(make_request("x", "a001", prompt_of(1, 9), LONG))
             await anext(stream)
-            assert (await client.stats()).num_running == 1
+            queue = client._queues["x"]
             await stream.aclose()
+            client._queues["x"] = queue
             stats = await until_idle(client)
             assert stats.num_kv_pages == 0
             assert stats.num_pinned_adapters == 0
+            last = [queue.get_nowait() for _ in range(queue.qsize())][-1]
+            assert last.finish_reason == "abort"
         finally:
             await client.close()
 
@@ -110,8 +113,9 @@ def test_when_the_process_is_killed_every_open_request_gets_one_error_event(swar
         client = await ChildEngineClient.start(config_of(swarm))
         requests = [make_request(f"r{i}", "a000", prompt_of(i, 5), LONG) for i in range(3)]
         tasks = [asyncio.create_task(collect(client, request)) for request in requests]
-        while (await client.stats()).num_running < 3:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(60):
+            while (await client.stats()).num_running < 3:
+                await asyncio.sleep(0.01)
         os.kill(client.pid, signal.SIGKILL)
         found = await asyncio.wait_for(asyncio.gather(*tasks), 10)
         await asyncio.wait_for(client.wait_closed(), 10)
@@ -133,8 +137,9 @@ def test_close_ends_open_requests_and_the_process(swarm):
     async def main():
         client = await ChildEngineClient.start(config_of(swarm))
         task = asyncio.create_task(collect(client, make_request("x", None, prompt_of(0, 5), LONG)))
-        while (await client.stats()).num_running < 1:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(60):
+            while (await client.stats()).num_running < 1:
+                await asyncio.sleep(0.01)
         await client.close()
         events = await asyncio.wait_for(task, 10)
         with pytest.raises(ProcessLookupError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -26,7 +27,7 @@ def loraswarm(*arguments):
         [sys.executable, "-m", "loraswarm", *arguments],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         env=os.environ | {"COLUMNS": "100"},
         check=False,
     )
@@ -47,6 +48,9 @@ def loraswarm(*arguments):
         (["serve", "MODEL", "--no-such-option"], "--no-such-option"),
         (["serve", "MODEL/.."], "has no config.json"),
         (["generate", "MODEL", "--prompt", "x", "--adapter", "nobody"], "'nobody'"),
+        (["generate", "MODEL", "--prompt", "x", "--adapter", "MODEL"], "no adapter_config.json"),
+        (["generate", "MODEL", "--prompt", "x", "--pool-bytes", "9000T"], "cannot give"),
+        (["serve", "MODEL", "--host", ".."], "cannot listen on .."),
         (["generate", "MODEL", "--prompt", "x", "--max-tokens", "-1"], "max_tokens is -1"),
         (["generate", "MODEL", "--prompt", "x", "--max-tokens", "9999"], "max_tokens is 9,999"),
     ],
@@ -66,6 +70,17 @@ def test_help_and_version_succeed():
     assert "serve" in loraswarm("--help").stdout
     assert "serve" in loraswarm().stdout
     assert re.fullmatch(r"loraswarm \d+\.\d+\.\d+\n", loraswarm("--version").stdout)
+
+
+def test_an_adapter_given_by_path_wins_over_one_of_the_same_name(swarm, tmp_path):
+    other = tmp_path / "a001"
+    shutil.copytree(swarm / "adapters" / "a000", other)
+    common = ["generate", str(swarm / "model"), "--prompt", "Hello world", "--max-tokens", "8"]
+    roots = ["--adapters", str(swarm / "adapters")]
+    found = loraswarm(*common, *roots, "--adapter", str(other))
+    wanted = loraswarm(*common, *roots, "--adapter", "a000")
+    assert found.returncode == wanted.returncode == 0, found.stderr
+    assert found.stdout == wanted.stdout != loraswarm(*common, *roots, "--adapter", "a001").stdout
 
 
 def test_generate_prints_the_answer_of_the_adapter_by_path_or_by_name(swarm):

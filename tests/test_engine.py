@@ -110,10 +110,11 @@ def test_after_warm_up_serving_compiles_nothing(swarm, engine):
 
 
 def test_answers_stay_the_same_when_the_pool_is_too_small_for_all(swarm, engine):
-    requests = mixed_requests([None, *NAMES, *NAMES])
-    small = make_engine(swarm, pool_bytes=50 * engine.info.page_bytes)
+    params = SamplingParams(max_tokens=70, temperature=0, ignore_eos=True)
+    requests = mixed_requests([None, *NAMES[:3], None, *NAMES], params)
+    small = make_engine(swarm, pool_bytes=45 * engine.info.page_bytes)
     assert run_tokens(small, requests) == run_tokens(engine, requests)
-    assert small._scheduler.num_preemptions + small.stats().num_resident_adapters > 0
+    assert small._scheduler.num_preemptions > 0
     assert small.stats().num_kv_pages == 0
     assert small.stats().num_pinned_adapters == 0
 
@@ -328,3 +329,60 @@ def test_sixteen_bit_engines_serve_a_mixed_batch(swarm, dtype):
     requests = [make_request(f"r{i}", name, prompt) for i, name in enumerate([None, *NAMES])]
     answers = run_tokens(engine, requests)
     assert len({tuple(tokens) for tokens in answers.values()}) > 4
+
+
+def test_a_loading_cut_short_leaves_the_adapter_loadable(tmp_path, monkeypatch):
+    save_swarm(tmp_path, 1)
+    engine = make_engine(tmp_path)
+    read = engine._runner._read_adapter
+
+    def interrupted(info, dtype):
+        raise KeyboardInterrupt
+
+    engine._runner._read_adapter = interrupted
+    engine.add(make_request("x", "a000", prompt_of(0, 5)))
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert not engine.has_work
+    assert engine.stats().num_resident_adapters == 0
+    engine._runner._read_adapter = read
+    assert run_tokens(engine, [make_request("y", "a000", prompt_of(0, 5))])["y"]
+
+
+def test_parameters_that_leave_no_token_end_their_own_request_with_a_reason(engine):
+    params = SamplingParams(
+        max_tokens=5, min_tokens=2, stop_token_ids=tuple(range(engine.info.vocab_size))
+    )
+    bad = make_request("bad", None, prompt_of(0, 5), params)
+    events = run(engine, [bad, make_request("good", NAMES[1], prompt_of(1, 5))])
+    assert events["bad"][-1].error.http_status == 400
+    assert "leave no token" in events["bad"][-1].error.message
+    assert events["good"][-1].finish_reason == "length"
+
+
+def test_a_request_id_in_use_is_refused(engine):
+    engine.add(make_request("x", None, prompt_of(0, 5)))
+    with pytest.raises(InvalidRequest, match="'x' is already in use"):
+        engine.add(make_request("x", NAMES[0], prompt_of(0, 5)))
+    assert len(engine.abort_all()) == 1
+
+
+def test_end_tokens_outside_the_vocabulary_are_reported_and_do_no_harm(tmp_path):
+    save_swarm(tmp_path, 1)
+    config = tmp_path / "model" / "generation_config.json"
+    config.write_text('{"eos_token_id": [2, 99999]}')
+    lines = []
+    engine = make_engine(tmp_path, report=lines.append)
+    assert engine.info.end_token_ids == (2,)
+    assert any("99999" in line for line in lines)
+    params = SamplingParams(max_tokens=4, min_tokens=2, temperature=0)
+    assert len(run_tokens(engine, [make_request("x", None, prompt_of(0, 5), params)])["x"]) >= 2
+
+
+def test_a_prompt_that_fills_the_pool_can_be_scored(swarm):
+    engine = make_engine(swarm, pool_bytes=4 * 16 * 3072)
+    room = engine._scheduler.max_sequence_tokens(None)
+    assert room <= engine.info.max_model_len
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    (event,) = run(engine, [make_request("x", None, prompt_of(0, room), params)])["x"]
+    assert len(event.prompt_logprobs) == room

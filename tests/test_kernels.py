@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from kernel_cases import (
 )
 from loraswarm.kernels import cpu, reference
 from loraswarm.kernels.cpu.lora import crossover
+from loraswarm.kernels.cpu.warming import LoraUpdate, measure_crossover
 from tolerance import TOLERANCE, assert_close
 
 DTYPES = list(TOLERANCE)
@@ -189,3 +191,23 @@ def test_sums_are_rounded_to_nearest_even(backend, dtype):
     h_QTR[0, :, 0] = exact
     backend.lora_expand_(y_TO, h_QTR, case.pool, case.tiles, FIRST_SITE, (0, 1))
     torch.testing.assert_close(y_TO[:, 0], exact.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("torch_s", "expected"),
+    [
+        ({512: 0.9, 128: 0.1, 32: 0.1}, sys.maxsize),
+        ({512: 0.5, 128: 0.9, 32: 0.1}, 511),
+        ({512: 0.5, 128: 0.7, 32: 2.0}, 127),
+        ({512: 0.5, 128: 0.5, 32: 0.5}, 31),
+    ],
+)
+def test_torch_takes_the_lengths_from_which_it_is_clearly_faster(monkeypatch, torch_s, expected):
+    def fastest_s(case):
+        runs_in_torch = crossover.max_tokens(torch.bfloat16) == 0
+        return torch_s[case.num_tokens] if runs_in_torch else 1.0
+
+    monkeypatch.setattr(LoraUpdate, "fastest_s", fastest_s)
+    measure_crossover(torch.bfloat16)
+    assert crossover.max_tokens(torch.bfloat16) == expected
+    assert crossover.max_tokens(torch.float16) == sys.maxsize

@@ -54,6 +54,20 @@ def test_streamed_pieces_join_to_the_whole_text(llm):
     assert deltas[-1].finish_reason == "length"
 
 
+def test_streams_that_take_turns_and_a_call_between_them_each_get_their_own_answer(llm):
+    expected = llm.generate(PROMPTS[:2], GREEDY, adapter=["a001", None])
+    one = llm.stream(PROMPTS[0], GREEDY, adapter="a001")
+    other = llm.stream(PROMPTS[1], GREEDY)
+    texts = ["", ""]
+    for turn in range(GREEDY.max_tokens):
+        texts[0] += next(one).text
+        texts[1] += next(other).text
+        if turn == 3:
+            assert llm.generate(PROMPTS[:2], GREEDY, adapter=["a001", None]) == expected
+    assert texts == [output.text for output in expected]
+    assert next(one, None) is None
+
+
 def test_a_stream_that_is_left_early_frees_its_pages(llm):
     for _ in llm.stream(PROMPTS[0], GREEDY, adapter="a001"):
         break
@@ -92,6 +106,8 @@ def test_chat_uses_the_models_template(llm):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"prompts": [[5.5]]}, InvalidRequest, "list of token ids"),
+        ({"prompts": None}, InvalidRequest, "NoneType"),
         ({"adapter": "nobody"}, UnknownAdapter, "a000, a001, a002"),
         ({"adapter": ["a000"]}, InvalidRequest, "4 prompts but 1 of adapter"),
         ({"params": SamplingParams(max_tokens=999)}, InvalidRequest, "max_tokens is 999"),
@@ -99,7 +115,7 @@ def test_chat_uses_the_models_template(llm):
 )
 def test_what_cannot_be_served_is_refused_before_anything_runs(llm, arguments, error, message):
     with pytest.raises(error, match=message):
-        llm.generate(PROMPTS, **arguments)
+        llm.generate(**({"prompts": PROMPTS} | arguments))
     assert not llm._engine.has_work
     assert llm.generate(PROMPTS[0], GREEDY)[0].text
 

@@ -10,6 +10,7 @@ import torch
 from loraswarm.core.request import Request, SamplingParams
 from loraswarm.core.sequence import Sequence
 from loraswarm.engine.sampler import (
+    NONE_ALLOWED,
     NOT_FINITE,
     adjust_,
     draw,
@@ -123,6 +124,15 @@ def test_end_tokens_are_barred_until_min_tokens():
     assert sample(row.clone(), [make(ends=(1,), min_tokens=2, temperature=0)]) == [0]
     reached = make(ends=(1,), min_tokens=2, output=(5, 5), temperature=0)
     assert sample(row.clone(), [reached]) == [1]
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy():
+    assert sample(logits(0.0, 3.0, 1.0), [make(temperature=1e-40)]) == [1]
+
+
+def test_a_row_without_an_allowed_token_is_told_from_one_that_is_not_finite():
+    barred = make(ends=(0, 1), min_tokens=2, temperature=0)
+    assert sample(logits(0.0, 9.0), [barred]) == [NONE_ALLOWED]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

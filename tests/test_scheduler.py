@@ -142,7 +142,8 @@ def test_a_row_that_is_not_finite_ends_alone():
     for name in ("a", "b"):
         scheduler.add(make_sequence(name, 3, 2), None)
     step = scheduler.plan()
-    events = scheduler.commit(step, [ChunkResult(failed=True), ChunkResult(5)])
+    error = ErrorInfo("not finite", "engine_error", 500)
+    events = scheduler.commit(step, [ChunkResult(error=error), ChunkResult(5)])
     assert [(e.request_id, e.finish_reason) for e in events] == [("a", "error"), ("b", None)]
     assert scheduler.num_running == 1
 

@@ -84,7 +84,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": ["x"] * 17}, "stop", "at most 16"),
     ({"stop_token_ids": [VOCABULARY]}, "stop_token_ids", "stop_token_ids has token id"),
     ({"logit_bias": {str(VOCABULARY): 1}}, "logit_bias", "logit_bias has token id"),
-    ({"logit_bias": {"x": 1}}, None, "logit_bias must map token ids to numbers"),
+    ({"logit_bias": {"1_0": 1}}, "logit_bias", "logit_bias has the key '1_0'"),
     ({"logit_bias": {"1": 101}}, "logit_bias", "logit_bias is 101"),
     ({"stream": "yes"}, "stream", "stream is 'yes'; it should be a valid boolean"),
     ({"stream_options": {}}, "stream_options", "stream_options needs stream to be true"),

@@ -6,6 +6,7 @@ Joins engine and text without HTTP or asyncio. Knows nothing about the command l
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class LLM:
         self._engine: Engine = build_engine(config, report) if report else build_engine(config)
         self.tokenizer = Tokenizer.load(self._engine.info.model_path)
         self._ids = itertools.count()
+        self._inboxes: dict[str, deque[SequenceEvent]] = {}
 
     @property
     def info(self) -> EngineInfo:
@@ -131,19 +133,24 @@ class LLM:
         """Answer one prompt piece by piece; closing the iterator early ends the request."""
         request = self._request(prompt, params or SamplingParams(), adapter)
         stream = TextStream(self.tokenizer, request)
-        self._engine.add(request)
+        inbox = self._submit(request)
         try:
-            while self._engine.has_work:
-                for event in self._engine.step():
-                    delta = stream.push(event)
-                    yield delta
-                    if delta.finish_reason is not None:
-                        return
+            while True:
+                while not inbox:
+                    self._advance()
+                delta = stream.push(inbox.popleft())
+                yield delta
+                if delta.finish_reason is not None:
+                    return
         finally:
-            self._engine.abort(request.request_id)
+            self._close(request.request_id)
 
     def _request(self, prompt: Prompt, params: SamplingParams, adapter: str | None) -> Request:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not isinstance(token_ids, Seq) or not all(type(item) is int for item in token_ids):
+            raise InvalidRequest(
+                f"a prompt is {type(prompt).__name__}; give a text or a list of token ids", "prompt"
+            )
         return Request(
             request_id=f"offline-{next(self._ids)}",
             prompt_token_ids=tuple(token_ids),
@@ -161,32 +168,47 @@ class LLM:
         streams = {r.request_id: TextStream(self.tokenizer, r) for r in requests}
         # None asks tqdm to show a bar on a terminal only.
         bar = tqdm(total=len(requests), desc="prompts", disable=None if use_progress_bar else True)
+        inboxes: dict[str, deque[SequenceEvent]] = {}
         try:
             for request in requests:
-                self._engine.add(request)
-            while self._engine.has_work:
-                for event in self._engine.step():
-                    bar.update(self._deliver(event, streams[event.request_id], outputs))
+                inboxes[request.request_id] = self._submit(request)
+            while inboxes:
+                self._advance()
+                for request_id, inbox in list(inboxes.items()):
+                    while inbox and request_id in inboxes:
+                        delta = streams[request_id].push(inbox.popleft())
+                        outputs[request_id].extend(delta)
+                        if delta.finish_reason is not None:
+                            del inboxes[request_id]
+                            self._close(request_id)
+                            bar.update()
         finally:
-            self._engine.abort_all()
+            for request_id in inboxes:
+                self._close(request_id)
             bar.close()
         return list(outputs.values())
 
-    def _deliver(
-        self, event: SequenceEvent, stream: TextStream, outputs: dict[str, GenerationOutput]
-    ) -> bool:
-        """Add an event to its output; whether that ended it."""
-        delta = stream.push(event)
-        outputs[event.request_id].extend(delta)
-        is_done = delta.finish_reason is not None
-        if is_done and event.finish_reason is None:
-            self._engine.abort(event.request_id)
-        return is_done
+    def _submit(self, request: Request) -> deque[SequenceEvent]:
+        """Queue a request; its events will appear in the returned inbox."""
+        self._engine.add(request)
+        return self._inboxes.setdefault(request.request_id, deque())
+
+    def _advance(self) -> None:
+        """One step of the engine; every open request finds its events in its inbox."""
+        for event in self._engine.step():
+            self._inboxes[event.request_id].append(event)
+
+    def _close(self, request_id: str) -> None:
+        """Forget a request, ended or not."""
+        self._engine.abort(request_id)
+        self._inboxes.pop(request_id, None)
 
 
 def _as_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """A single text or a single list of token ids becomes a list of one."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+    if not isinstance(prompts, Seq):
+        raise InvalidRequest(f"prompts is {type(prompts).__name__}; give texts or lists of ids")
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | float)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loraswarm.config import EngineConfig
 from loraswarm.core.request import SamplingParams
-from loraswarm.errors import EngineError
+from loraswarm.errors import ConfigError, EngineError
 from loraswarm.llm import LLM
 
 
@@ -18,7 +18,9 @@ def generate(
     """Print the answer as it comes. `adapter` is a name in `config.adapters` or a directory."""
     if adapter is not None and Path(adapter).is_dir():
         path = Path(adapter).resolve()
-        roots, adapter = (*config.adapters, str(path)), path.name
+        if not (path / "adapter_config.json").exists():
+            raise ConfigError(f"--adapter {adapter!r} holds no adapter_config.json")
+        roots, adapter = (str(path), *config.adapters), path.name
     else:
         roots = config.adapters
     options = {

@@ -13,6 +13,8 @@ from loraswarm.errors import InvalidRequest
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MIN_TEMPERATURE = 1e-5
+MAX_INT = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +24,7 @@ class SamplingParams:
     `max_tokens=None` generates until the model's context is full. `logprobs=n` reports each chosen
     token's log-probability and the n most likely alternatives, taken from the model's own
     distribution before penalties, bias and temperature; `prompt_logprobs=n` does so for the prompt.
-    `temperature=0` is greedy. `seed=None` lets the engine draw one.
+    `temperature` below 1e-5 is greedy. `seed=None` lets the engine draw one.
 
     Raises    InvalidRequest naming the field, its value and what is allowed.
     """
@@ -47,14 +49,14 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _require_int("max_tokens", self.max_tokens, low=0, optional=True)
-        _require_int("min_tokens", self.min_tokens, low=0)
+        _require_int("max_tokens", self.max_tokens, 0, MAX_INT, optional=True)
+        _require_int("min_tokens", self.min_tokens, 0, MAX_INT)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens is {self.min_tokens} but max_tokens is {self.max_tokens}", "min_tokens"
             )
         _require_number("temperature", self.temperature, 0.0, 100.0)
-        _require_int("top_k", self.top_k, low=-1)
+        _require_int("top_k", self.top_k, -1, MAX_INT)
         _require_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _require_number("min_p", self.min_p, 0.0, 1.0)
         _require_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
@@ -62,7 +64,7 @@ class SamplingParams:
         _require_number("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
         _require_int("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS, optional=True)
         _require_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS, optional=True)
-        _require_int("seed", self.seed, -(2**63), 2**63 - 1, optional=True)
+        _require_int("seed", self.seed, -MAX_INT - 1, MAX_INT, optional=True)
         for token_id in self.stop_token_ids:
             _require_int("stop_token_ids", token_id, low=0)
         for token_id, bias in self.logit_bias.items():
@@ -70,7 +72,9 @@ class SamplingParams:
             _require_number("logit_bias", bias, -100.0, 100.0)
         if isinstance(self.stop, str):
             raise InvalidRequest("stop must be a sequence of strings, not one string", "stop")
-        if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
+        if len(self.stop) > MAX_STOP_STRINGS or not all(
+            isinstance(text, str) and text for text in self.stop
+        ):
             raise InvalidRequest(
                 f"stop takes at most {MAX_STOP_STRINGS} non-empty strings, got {len(self.stop)}",
                 "stop",
@@ -78,7 +82,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < MIN_TEMPERATURE
 
     @property
     def uses_penalties(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loraswarm.demo import heldout
-from loraswarm.errors import ConfigError
+from loraswarm.errors import ConfigError, EngineError
 
 PROMPT_TASKS = ("ticket-router", "log-summary", "sql")
 MAX_TOKENS = 64
@@ -50,7 +50,7 @@ async def ask_all(base_url: str, models: Sequence[str]) -> Showcase:
     Raises   ConfigError if the openai package is not installed.
     """
     try:
-        from openai import AsyncOpenAI
+        from openai import APIError, AsyncOpenAI
     except ImportError as error:
         raise ConfigError(
             "the demo talks through the openai package; pip install 'loraswarm[demo]'"
@@ -70,7 +70,10 @@ async def ask_all(base_url: str, models: Sequence[str]) -> Showcase:
         await client.models.list()
         begin_s = time.perf_counter()
         asks = [ask(prompt, model) for prompt in prompts() for model in models]
-        replies = await asyncio.gather(*asks)
+        try:
+            replies = await asyncio.gather(*asks)
+        except APIError as error:
+            raise EngineError(f"the demo's server did not answer: {error}") from error
         return Showcase(tuple(replies), time.perf_counter() - begin_s)
 
 

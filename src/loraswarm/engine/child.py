@@ -136,7 +136,8 @@ def _error_info(error: LoRASwarmError) -> ErrorInfo:
 def main() -> None:
     """Entry point of the process."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the parent decides when to stop
     sys.exit(ChildEngine(Path(sys.argv[1])).run())
 
 

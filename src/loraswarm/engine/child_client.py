@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -40,6 +41,9 @@ from loraswarm.engine.messages import (
 )
 from loraswarm.errors import ConfigError, EngineError, LoRASwarmError
 
+# How long idle threads of a parallel region spin before they sleep. By default they spin for so long
+# that a step takes many times longer as soon as another process, such as the server, uses a core.
+SPIN_COUNT = "10000"
 STOP_TIMEOUT_S = 10.0
 LAST_REPLIES_S = 0.1  # what the process sent last may still be in the socket
 Report = Callable[[str], None]
@@ -78,10 +82,13 @@ class ChildEngineClient:
         directory = Path(tempfile.mkdtemp(prefix="loraswarm-"))
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",
             "-m",
             "loraswarm.engine.child",
             str(directory),
             stdin=asyncio.subprocess.PIPE,
+            start_new_session=True,
+            env={"GOMP_SPINCOUNT": SPIN_COUNT} | os.environ,
         )
         client = cls(directory, process)
         client._report = report

@@ -11,12 +11,13 @@ import random
 from loraswarm.adapters.adapter import AdapterInfo
 from loraswarm.adapters.catalog import Catalog
 from loraswarm.core.client import EngineInfo, EngineStats
-from loraswarm.core.events import SequenceEvent
+from loraswarm.core.events import ErrorInfo, SequenceEvent
 from loraswarm.core.request import Request, check_context
-from loraswarm.core.sequence import Sequence
+from loraswarm.core.sequence import AdapterKey, Sequence
 from loraswarm.engine.model_runner import ModelRunner
 from loraswarm.engine.results import chunk_results
 from loraswarm.engine.scheduler import Scheduler
+from loraswarm.engine.step import Step
 from loraswarm.errors import InvalidRequest
 from loraswarm.memory.memory import Memory
 
@@ -78,7 +79,11 @@ class Engine:
         """Advance every scheduled request by one chunk or token; returns what happened."""
         step = self._scheduler.plan()
         events: list[SequenceEvent] = []
-        failures = self._runner.load(step)
+        try:
+            failures = self._runner.load(step)
+        except BaseException as error:
+            self._scheduler.fail_adapters(step, _unloaded(step, error))
+            raise
         if failures:
             step, events = self._scheduler.fail_adapters(step, failures)
         if not step.chunks:
@@ -112,7 +117,8 @@ class Engine:
             raise InvalidRequest("prompt is empty; it must have at least one token", "prompt")
         check_context(num_prompt, request.params.max_tokens, max_len)
         total = num_prompt + (request.params.max_tokens or 0)
-        if total > pool_len or num_prompt >= pool_len:
+        is_scored_only = request.params.max_tokens == 0
+        if total > pool_len or num_prompt + (not is_scored_only) > pool_len:
             beside = f" beside adapter {adapter.name!r}" if adapter else ""
             raise InvalidRequest(
                 f"prompt ({num_prompt:,} tokens) and max_tokens ({total - num_prompt:,}) need "
@@ -121,7 +127,20 @@ class Engine:
             )
         if request.params.max_tokens is not None:
             return request.params.max_tokens
-        return min(max_len, pool_len) - num_prompt
+        room = min(max_len, pool_len) - num_prompt
+        if request.params.min_tokens > room:
+            raise InvalidRequest(
+                f"min_tokens is {request.params.min_tokens:,}; after a prompt of {num_prompt:,} "
+                f"tokens there is room for {room:,}",
+                "min_tokens",
+            )
+        return room
+
+
+def _unloaded(step: Step, error: BaseException) -> dict[AdapterKey, ErrorInfo]:
+    """Every load of a step whose loading was cut short; none may count as resident."""
+    reason = ErrorInfo(f"loading was cut short: {error!r}", "engine_error", 500)
+    return {load.info.key: reason for load in step.loads}
 
 
 def _check_token_ids(request: Request, vocab_size: int) -> None:

@@ -44,9 +44,7 @@ class ModelRunner:
             try:
                 adapter = self._read_adapter(load.info, self._buffer.pool.dtype)
             except LoRASwarmError as error:
-                failures[load.info.key] = ErrorInfo(
-                    f"adapter {load.info.name!r}: {error}", error.error_type, error.http_status
-                )
+                failures[load.info.key] = ErrorInfo(str(error), error.error_type, error.http_status)
                 continue
             self._tiles.load(load, adapter)
         return failures

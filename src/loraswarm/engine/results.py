@@ -11,10 +11,26 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from loraswarm.core.events import TokenLogprob
+from loraswarm.core.events import ErrorInfo, TokenLogprob
 from loraswarm.engine.prepare import LogitRows
-from loraswarm.engine.sampler import NOT_FINITE, sample, token_logprobs
+from loraswarm.engine.sampler import NONE_ALLOWED, NOT_FINITE, sample, token_logprobs
 from loraswarm.engine.step import ChunkResult
+from loraswarm.errors import EngineError, InvalidRequest
+
+FAILURES = {
+    NOT_FINITE: ErrorInfo(
+        "the model's logits are not finite for this request (an overflow in the base's dtype, or "
+        "adapter weights too large for it); try --dtype float32",
+        EngineError.error_type,
+        EngineError.http_status,
+    ),
+    NONE_ALLOWED: ErrorInfo(
+        "the request's penalties, logit_bias, min_tokens and stop_token_ids leave no token to "
+        "choose; relax them",
+        InvalidRequest.error_type,
+        InvalidRequest.http_status,
+    ),
+}
 
 
 @torch.inference_mode()
@@ -25,8 +41,8 @@ def chunk_results(logits_ZV: Tensor, rows: Seq[LogitRows]) -> list[ChunkResult]:
     results = []
     for item, prompt in zip(rows, prompt_logprobs, strict=True):
         token, logprob = drawn.get(item.sample_row, (None, None))
-        failed = token == NOT_FINITE
-        results.append(ChunkResult(None if failed else token, logprob, prompt, failed))
+        error = FAILURES.get(token) if token is not None else None
+        results.append(ChunkResult(None if error else token, logprob, prompt, error))
     return results
 
 

@@ -17,15 +17,18 @@ from loraswarm.core.events import TokenLogprob
 from loraswarm.core.sequence import Sequence
 
 NOT_FINITE = -1
+NONE_ALLOWED = -2
 
 
 def sample(logits_ZV: Tensor, sequences: Seq[Sequence]) -> list[int]:
-    """One token id per row; NOT_FINITE where a row holds NaN or no finite value.
+    """One token id per row; NOT_FINITE where the model's logits are NaN or infinite, NONE_ALLOWED
+    where the row's own parameters leave no token to choose.
 
     Order    repetition, presence and frequency penalties, logit bias, end tokens barred before
              min_tokens, temperature, min_p, top_k, top_p; temperature 0 takes the likeliest token.
     Shapes   logits [Z, V] float32, changed in place.
     """
+    is_finite_Z = logits_ZV.amax(dim=-1).isfinite()
     for row, sequence in enumerate(sequences):
         adjust_(logits_ZV[row], sequence)
     best_Z, token_Z = logits_ZV.max(dim=-1)
@@ -40,7 +43,8 @@ def sample(logits_ZV: Tensor, sequences: Seq[Sequence]) -> list[int]:
             dtype=torch.float64,
         )
         token_Z[drawn] = draw(rows_ZV, uniform_Z)
-    token_Z[~torch.isfinite(best_Z)] = NOT_FINITE
+    token_Z[~best_Z.isfinite()] = NONE_ALLOWED
+    token_Z[~is_finite_Z] = NOT_FINITE
     return token_Z.tolist()
 
 

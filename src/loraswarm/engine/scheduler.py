@@ -13,7 +13,7 @@ from loraswarm.core.events import ErrorInfo, FinishReason, SequenceEvent
 from loraswarm.core.sequence import AdapterKey, Sequence
 from loraswarm.engine.policies import Policy
 from loraswarm.engine.step import ChunkResult, ScheduledChunk, Step
-from loraswarm.errors import EngineError
+from loraswarm.errors import InvalidRequest
 from loraswarm.memory.adapter_cache import AdapterLoad
 from loraswarm.memory.memory import Memory
 
@@ -66,13 +66,15 @@ class Scheduler:
     def add(self, sequence: Sequence, info: AdapterInfo | None) -> None:
         """Queue a sequence. It must fit the empty pool (`max_sequence_tokens`)."""
         assert (sequence.adapter is None) == (info is None)
+        if any(other.request_id == sequence.request_id for other in self._all()):
+            raise InvalidRequest(f"request id {sequence.request_id!r} is already in use")
         if info is not None:
             self._infos[sequence.request_id] = info
         self._waiting.append(sequence)
 
     def abort(self, request_id: str) -> SequenceEvent | None:
         """End a request now and free what it holds; None if it is not here (already ended)."""
-        for sequence in [*self._running, *self._waiting]:
+        for sequence in self._all():
             if sequence.request_id == request_id:
                 self._end(sequence)
                 return SequenceEvent(request_id=request_id, finish_reason="abort")
@@ -80,7 +82,7 @@ class Scheduler:
 
     def abort_all(self) -> list[SequenceEvent]:
         """Abort every request."""
-        ids = [sequence.request_id for sequence in [*self._running, *self._waiting]]
+        ids = [sequence.request_id for sequence in self._all()]
         return [event for request_id in ids if (event := self.abort(request_id))]
 
     def plan(self) -> Step:
@@ -104,7 +106,7 @@ class Scheduler:
     ) -> tuple[Step, list[SequenceEvent]]:
         """End every sequence whose adapter could not be loaded; returns the step without them."""
         events = []
-        for sequence in [*self._running, *self._waiting]:
+        for sequence in self._all():
             error = failures.get(sequence.adapter) if sequence.adapter else None
             if error is not None:
                 self._end(sequence)
@@ -133,6 +135,9 @@ class Scheduler:
             assert not self._kv.num_missing_pages(sequence.request_id, sequence.num_computed)
         for sequence in self._waiting:
             assert not self._kv.pages_of(sequence.request_id)
+
+    def _all(self) -> list[Sequence]:
+        return [*self._running, *self._waiting]
 
     def _plan_decodes(self, planned: dict[Sequence, int]) -> bool:
         """Plan one token for each decoding sequence, preempting until the rest has pages."""
@@ -199,9 +204,9 @@ class Scheduler:
 
     def _commit_chunk(self, chunk: ScheduledChunk, result: ChunkResult) -> SequenceEvent | None:
         sequence = chunk.sequence
-        if result.failed:
+        if result.error is not None:
             self._end(sequence)
-            return _error_event(sequence, _NOT_FINITE)
+            return _error_event(sequence, result.error)
         sequence.num_computed += chunk.num_tokens
         sequence.prompt_logprobs.extend(result.prompt_logprobs)
         if sequence.num_uncomputed > 0:
@@ -229,14 +234,6 @@ class Scheduler:
         self._kv.free(sequence.request_id)
         if sequence.adapter is not None:
             self._adapters.unpin(sequence.adapter)
-
-
-_NOT_FINITE = ErrorInfo(
-    "the model's logits are not finite for this request (an overflow in the base's dtype, or "
-    "adapter weights too large for it); try --dtype float32",
-    EngineError.error_type,
-    EngineError.http_status,
-)
 
 
 def _error_event(sequence: Sequence, error: ErrorInfo) -> SequenceEvent:

@@ -64,6 +64,9 @@ def build_engine(config: EngineConfig, report: Report = log.info) -> Engine:
     config = _size_pool(config, geometry, model_config.max_position)
     cpu.warm_up(config.dtype, lambda line: report(f"compiling {line}"))
     info = _info(config, path, decoder, catalog, geometry)
+    unknown = [token_id for token_id in eos_token_ids(path) if token_id >= info.vocab_size]
+    if unknown:
+        report(f"ignored end_token_ids={unknown} vocab_size={info.vocab_size}")
     report(_summary(config, info))
     return _assemble(config, info, catalog, decoder, backend)
 
@@ -74,7 +77,12 @@ def _assemble(
     """Put the parts together."""
     shape = decoder.config.shape()
     geometry = page_geometry(shape, backend.dtype.itemsize)
-    buffer = PageBuffer(info.num_pages, shape, geometry, backend.dtype, backend.device)
+    try:
+        buffer = PageBuffer(info.num_pages, shape, geometry, backend.dtype, backend.device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"this machine cannot give {config.pool_bytes:,} bytes for the page pool (--pool-bytes)"
+        ) from error
     memory = Memory.of_pages(info.num_pages, shape, geometry)
     scheduler = Scheduler(
         memory, FirstComeFirstServed(), config.max_num_sequences, config.max_step_tokens
@@ -93,8 +101,11 @@ def _resolve(config: EngineConfig, dtype: torch.dtype) -> EngineConfig:
             f"{config.max_num_sequences}; a step must have room for one token of each sequence"
         )
     num_threads = config.num_threads or _physical_cores()
+    try:
+        cpu.set_num_threads(num_threads)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     torch.set_num_threads(num_threads)
-    cpu.set_num_threads(num_threads)
     return dataclasses.replace(config, device="cpu", dtype=DTYPES[dtype], num_threads=num_threads)
 
 
@@ -142,7 +153,9 @@ def _info(
         model_path=str(path),
         max_model_len=config.max_model_len,
         vocab_size=decoder.config.vocab_size,
-        end_token_ids=eos_token_ids(path),
+        end_token_ids=tuple(
+            token_id for token_id in eos_token_ids(path) if token_id < decoder.config.vocab_size
+        ),
         weight_bytes=decoder.num_bytes(),
         num_pages=config.pool_bytes // geometry.page_bytes,
         page_bytes=geometry.page_bytes,

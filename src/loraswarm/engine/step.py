@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraswarm.core.events import TokenLogprob
+from loraswarm.core.events import ErrorInfo, TokenLogprob
 from loraswarm.core.sequence import AdapterKey, Sequence
 from loraswarm.memory.adapter_cache import AdapterLoad
 
@@ -43,11 +43,11 @@ class ChunkResult:
     """What the model said about one chunk.
 
     `token_id` is the token drawn, None if the chunk does not sample; `prompt_logprobs` are those of
-    the prompt tokens that follow the chunk's tokens, when asked for. `failed` means that the logits
-    were not finite.
+    the prompt tokens that follow the chunk's tokens, when asked for. `error` says why no token
+    could be drawn.
     """
 
     token_id: int | None = None
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-    failed: bool = False
+    error: ErrorInfo | None = None

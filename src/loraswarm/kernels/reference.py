@@ -204,6 +204,12 @@ def check_attention(q_THE: Tensor, pages: Tensor, work: AttentionWork) -> None:
         work.query_starts.numel() == work.context_lens.numel() + 1,
         "work.query_starts must have one more entry than work.context_lens",
     )
+    _require(
+        work.page_table.dim() == 2
+        and work.page_table.shape[0] == work.context_lens.numel()
+        and work.page_table.is_contiguous(),
+        "work.page_table must be contiguous, with one row per entry of work.context_lens",
+    )
 
 
 def check_window(window: int | None) -> None:

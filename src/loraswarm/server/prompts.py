@@ -94,7 +94,7 @@ def _prompt_items(prompt: Any) -> list[str] | list[list[int]]:
             f"prompt has {len(prompt):,} prompts; at most {MAX_PROMPTS:,} go in one request",
             "prompt",
         )
-    if prompt == []:
+    if prompt in ([], ""):
         raise InvalidRequest("prompt is empty", "prompt")
     if isinstance(prompt, list):
         if all(isinstance(item, str) for item in prompt):

@@ -80,7 +80,9 @@ def _params(
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token_id): value for token_id, value in bias.items()}
-    except ValueError as error:
-        raise InvalidRequest(f"logit_bias must map token ids to numbers: {error}") from error
+    for token_id in bias:
+        if not (token_id.isascii() and token_id.isdecimal() and len(token_id) < 19):
+            raise InvalidRequest(
+                f"logit_bias has the key {token_id!r}; its keys are token ids", "logit_bias"
+            )
+    return {int(token_id): value for token_id, value in bias.items()}

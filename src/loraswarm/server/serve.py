@@ -47,9 +47,10 @@ def bind(config: ServerConfig) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror or error}; "
+            f"cannot listen on {config.host} port {config.port}: {reason}; "
             "choose another with --host and --port"
         ) from error
     return listener

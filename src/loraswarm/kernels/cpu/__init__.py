@@ -7,7 +7,7 @@ before the first call or `warm_up`. Called by models and by whoever starts an en
 from loraswarm.kernels.cpu.jit import threads
 from loraswarm.kernels.cpu.lora import lora_expand_, lora_shrink
 from loraswarm.kernels.cpu.paged import paged_attention, write_kv_
-from loraswarm.kernels.cpu.warm_up import warm_up
+from loraswarm.kernels.cpu.warming import warm_up
 
 __all__ = [
     "lora_expand_",

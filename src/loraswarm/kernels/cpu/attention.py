@@ -19,63 +19,86 @@ from loraswarm.kernels.cpu.attention_plan import (
     FEW_ROWS,
     MANY_ROWS,
     Item,
-    Options,
     PagedKV,
     Plan,
     Queries,
+    Work,
     count_items,
     find_item,
     new_counters,
+    state_size,
 )
 from loraswarm.kernels.cpu.attention_rows import (
     Scratch,
     attend_rows,
+    cut_scratch,
     gather_rows,
     join_spans,
     new_scratch,
     write_rows,
 )
 from loraswarm.kernels.cpu.jit import add_atomically, called, kernel
-from loraswarm.kernels.cpu.vectors import zeros
+from loraswarm.kernels.cpu.vectors import memory_of, zeros
 
 
 @kernel
-def attend(q: Queries, kv: PagedKV, out_THE: Any, options: Options) -> None:
+def attend(q: Queries, work: Work, kv: PagedKV, out_THE: Any, num_threads: int) -> None:
     """`kernels.reference.paged_attention` into `out_THE`."""
-    first_item, first_partial, partials = count_items(q, kv, out_THE.shape, options.window)
+    first_item, first_partial, partials = count_items(
+        work, kv, out_THE.shape[0], q.num_heads, q.window
+    )
     num_done, next_item = new_counters(first_partial.size)
     plan = Plan(first_item, first_partial, partials, num_done, next_item)
-    for _ in prange(options.num_threads):
-        _attend_items(q, kv, out_THE, plan, options)
+    scratch = new_scratch(num_threads, kv.head_size, kv.page_tokens)
+    for thread in prange(num_threads):
+        _attend_items(q, work, kv, out_THE, plan, scratch[thread])
 
 
 @called
-def _attend_items(q: Queries, kv: PagedKV, out_THE: Any, plan: Plan, options: Options) -> None:
+def _attend_items(
+    q: Queries, work: Work, kv: PagedKV, out_THE: Any, plan: Plan, thread_scratch: Any
+) -> None:
     """One thread's share: items until none is left."""
-    scratch = new_scratch(kv.head_size, kv.page_tokens)
-    group = out_THE.shape[1] // kv.num_heads
+    queries = Queries(
+        memory_of(q.q, 0), q.token_stride, q.head_stride, q.num_heads, q.scale, q.window
+    )
+    pages = PagedKV(
+        memory_of(kv.pages, 0),
+        kv.start,
+        kv.page_stride,
+        kv.value_offset,
+        kv.head_stride,
+        kv.token_stride,
+        kv.num_pages,
+        kv.num_heads,
+        kv.page_tokens,
+        kv.head_size,
+    )
+    scratch = cut_scratch(thread_scratch, kv.head_size, kv.page_tokens)
+    group = q.num_heads // kv.num_heads
     number = add_atomically(plan.next_item, 0, 1)
     while number < plan.first_item[-1]:
-        item = find_item(number, q, kv, plan, options.window, group)
-        if item.num_rows <= FEW_ROWS:
-            _attend_few_rows(item, q, kv, options, scratch)
+        item = find_item(number, work, kv, plan, group, q.window)
+        page_ids = memory_of(work.page_table, item.sequence * work.page_table.shape[1])
+        if item.lanes == FEW_ROWS:
+            _attend_few_rows(item, queries, pages, page_ids, scratch)
         else:
-            _attend_many_rows(item, q, kv, options, scratch)
+            _attend_many_rows(item, queries, pages, page_ids, scratch)
         if plan.first_partial[item.unit] < 0 or _join_if_last(item, kv.head_size, plan, scratch):
-            write_rows(item, q.starts[item.sequence], out_THE, scratch)
+            write_rows(item, q.num_heads, kv.head_size, memory_of(out_THE, 0), scratch)
         number = add_atomically(plan.next_item, 0, 1)
 
 
 @called
-def _attend_few_rows(item: Item, q: Queries, kv: PagedKV, options: Options, scratch: Any) -> None:
-    gather_rows(zeros(FEW_ROWS), item, q, options, kv.head_size, scratch)
-    attend_rows(zeros(FEW_ROWS), item, q.page_table[item.sequence], kv, scratch)
+def _attend_few_rows(item: Item, q: Queries, kv: PagedKV, page_ids: Any, scratch: Scratch) -> None:
+    gather_rows(zeros(FEW_ROWS), item, q, kv.head_size, scratch)
+    attend_rows(zeros(FEW_ROWS), item, kv, page_ids, scratch)
 
 
 @called
-def _attend_many_rows(item: Item, q: Queries, kv: PagedKV, options: Options, scratch: Any) -> None:
-    gather_rows(zeros(MANY_ROWS), item, q, options, kv.head_size, scratch)
-    attend_rows(zeros(MANY_ROWS), item, q.page_table[item.sequence], kv, scratch)
+def _attend_many_rows(item: Item, q: Queries, kv: PagedKV, page_ids: Any, scratch: Scratch) -> None:
+    gather_rows(zeros(MANY_ROWS), item, q, kv.head_size, scratch)
+    attend_rows(zeros(MANY_ROWS), item, kv, page_ids, scratch)
 
 
 @called
@@ -83,10 +106,11 @@ def _join_if_last(item: Item, head_size: int, plan: Plan, scratch: Scratch) -> b
     """Leave the state of a span; if it is the unit's last to end, put that of all in `scratch`."""
     first_partial = plan.first_partial[item.unit]
     num_spans = plan.first_item[item.unit + 1] - plan.first_item[item.unit]
-    for i in range(scratch.state.size):
-        plan.partials[first_partial + item.span, i] = scratch.state[i]
+    size = state_size(head_size)
+    partials = memory_of(plan.partials, first_partial * size)
+    for i in range(size):
+        partials[item.span * size + i] = scratch.state[i]
     if add_atomically(plan.num_done, item.unit, 1) + 1 < num_spans:
         return False
-    partials = plan.partials[first_partial : first_partial + num_spans]
-    join_spans(partials, item.lanes, head_size, scratch.state)
+    join_spans(partials, num_spans, item.lanes, head_size, scratch.state)
     return True

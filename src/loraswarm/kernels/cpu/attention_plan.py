@@ -21,21 +21,29 @@ SPAN_KEYS = 256
 
 
 class Queries(NamedTuple):
-    """q as a flat array: head h of token t begins at `t * token_stride + h * head_stride`.
+    """q: head h of token t begins at `t * token_stride + h * head_stride`.
 
-    `starts` [S+1], `contexts` [S] and `page_table` [S, pages] are those of `AttentionWork`.
+    Tokens see the last `window` keys, or all if it is 0.
     """
 
     q: Any
     token_stride: int
     head_stride: int
+    num_heads: int
+    scale: float
+    window: int
+
+
+class Work(NamedTuple):
+    """The arrays of `AttentionWork`: [S + 1], [S] and [S, pages]."""
+
     starts: Any
     contexts: Any
     page_table: Any
 
 
 class PagedKV(NamedTuple):
-    """One layer of the pages as a flat array.
+    """One layer of the pages.
 
     K of token c of a page, at kv head h, begins at
     `start + page * page_stride + h * head_stride + c * token_stride`, V `value_offset` later.
@@ -51,14 +59,6 @@ class PagedKV(NamedTuple):
     num_heads: int
     page_tokens: int
     head_size: int
-
-
-class Options(NamedTuple):
-    """`window` is 0 without a sliding window."""
-
-    scale: float
-    window: int
-    num_threads: int
 
 
 class Plan(NamedTuple):
@@ -79,14 +79,17 @@ class Plan(NamedTuple):
 class Item(NamedTuple):
     """Rows `first_row : first_row + num_rows` of a unit against keys `first_key` to `last_key`.
 
+    The sequence's tokens in the batch begin at `first_token`, at `position` of the sequence.
     `lanes` is the size of the vectors that hold one value per row: 16 or 32.
     """
 
     unit: int
     sequence: int
     head: int
-    span: int
     group: int
+    first_token: int
+    position: int
+    span: int
     first_row: int
     num_rows: int
     lanes: int
@@ -107,25 +110,25 @@ def padded(size: int) -> int:
 
 
 @called
-def count_items(q: Queries, kv: PagedKV, out_shape: Any, window: int) -> Any:
+def count_items(work: Work, kv: PagedKV, num_tokens: int, num_heads: int, window: int) -> Any:
     """`first_item`, `first_partial` and `partials` of a `Plan`.
 
     Raises    ValueError where the work leads outside of the batch or of the pages.
     """
-    group = out_shape[1] // kv.num_heads
-    num_units = q.contexts.size * kv.num_heads
+    group = num_heads // kv.num_heads
+    num_units = work.contexts.size * kv.num_heads
     first_item = np.zeros(num_units + 1, np.int64)
     first_partial = np.full(num_units, -1, np.int64)
     num_partials = 0
     for unit in range(num_units):
         sequence = unit // kv.num_heads
         if unit % kv.num_heads == 0:
-            _check_sequence(q, kv, sequence, out_shape[0])
-        num_tokens = q.starts[sequence + 1] - q.starts[sequence]
-        num_items = (num_tokens * group + MANY_ROWS - 1) // MANY_ROWS
+            _check_sequence(work, kv, sequence, num_tokens)
+        num_new = work.starts[sequence + 1] - work.starts[sequence]
+        num_items = (num_new * group + MANY_ROWS - 1) // MANY_ROWS
         if num_items == 1:
-            first_key = _first_key(q.contexts[sequence] - num_tokens, window)
-            num_items = (q.contexts[sequence] - first_key + SPAN_KEYS - 1) // SPAN_KEYS
+            first_key = _first_key(work.contexts[sequence] - num_new, window)
+            num_items = (work.contexts[sequence] - first_key + SPAN_KEYS - 1) // SPAN_KEYS
             if num_items > 1:
                 first_partial[unit] = num_partials
                 num_partials += num_items
@@ -149,37 +152,51 @@ def _first_key(position: int, window: int) -> int:
 
 
 @called
-def _check_sequence(q: Queries, kv: PagedKV, sequence: int, num_tokens: int) -> None:
-    begin, end = q.starts[sequence], q.starts[sequence + 1]
-    context = q.contexts[sequence]
+def _check_sequence(work: Work, kv: PagedKV, sequence: int, num_tokens: int) -> None:
+    begin, end = work.starts[sequence], work.starts[sequence + 1]
+    context = work.contexts[sequence]
     if begin < 0 or begin > end or end > num_tokens:
         raise ValueError("work.query_starts must ascend from 0 to at most the number of tokens")
     if context < end - begin:
         raise ValueError("work.context_lens must count at least the tokens of the batch")
     num_pages = (context + kv.page_tokens - 1) // kv.page_tokens
-    if num_pages > q.page_table.shape[1]:
+    if num_pages > work.page_table.shape[1]:
         raise ValueError("work.page_table has too few pages for work.context_lens")
-    for page in q.page_table[sequence, :num_pages]:
+    for page in work.page_table[sequence, :num_pages]:
         if page < 0 or page >= kv.num_pages:
             raise ValueError("work.page_table names a page that does not exist")
 
 
 @called
-def find_item(number: int, q: Queries, kv: PagedKV, plan: Plan, window: int, group: int) -> Item:
+def find_item(number: int, work: Work, kv: PagedKV, plan: Plan, group: int, window: int) -> Item:
     """The item with this number."""
     unit: Any = np.searchsorted(plan.first_item, number, side="right") - 1
     sequence, head = unit // kv.num_heads, unit % kv.num_heads
-    num_tokens = np.int64(q.starts[sequence + 1] - q.starts[sequence])
+    first_token: Any = np.int64(work.starts[sequence])
+    num_tokens = work.starts[sequence + 1] - first_token
+    position = work.contexts[sequence] - num_tokens
     index = number - plan.first_item[unit]
     span, first_row = 0, index * MANY_ROWS
     if plan.first_partial[unit] >= 0:
         span, first_row = index, 0
     num_rows = min(num_tokens * group - first_row, MANY_ROWS)
-    position = np.int64(q.contexts[sequence]) - num_tokens
+    lanes = FEW_ROWS if num_rows <= FEW_ROWS else MANY_ROWS
     first_key = _first_key(position + first_row // group, window)
     last_key = position + (first_row + num_rows - 1) // group
     if plan.first_partial[unit] >= 0:
         first_key += span * SPAN_KEYS
         last_key = min(last_key, first_key + SPAN_KEYS - 1)
-    lanes = FEW_ROWS if num_rows <= FEW_ROWS else MANY_ROWS
-    return Item(unit, sequence, head, span, group, first_row, num_rows, lanes, first_key, last_key)
+    return Item(
+        unit,
+        sequence,
+        head,
+        group,
+        first_token,
+        position,
+        span,
+        first_row,
+        num_rows,
+        lanes,
+        first_key,
+        last_key,
+    )

@@ -1,6 +1,6 @@
 """Attention of up to 32 query rows over a run of keys, page by page with a running softmax.
 
-A vector holds one value per row. Arrays of vectors are flat: element i of row r is at
+A vector holds one value per row. All memory is bare pointers: element i of row r is at
 `i * lanes + r`. Scores are in units of log 2. Knows nothing about threads or other items. Called by
 kernels/cpu/attention.
 """
@@ -15,7 +15,6 @@ from loraswarm.kernels.cpu.attention_plan import (
     FEW_ROWS,
     MANY_ROWS,
     Item,
-    Options,
     PagedKV,
     Queries,
     padded,
@@ -25,11 +24,11 @@ from loraswarm.kernels.cpu.jit import called, inlined
 from loraswarm.kernels.cpu.vectors import (
     add,
     broadcast,
-    element,
     exp2,
     load,
     load_part,
     maximum,
+    memory_of,
     multiply,
     multiply_add,
     num_lanes,
@@ -65,49 +64,58 @@ class Scratch(NamedTuple):
 
 
 @called
-def new_scratch(head_size: int, page_tokens: int) -> Scratch:
-    """Memory for items of any number of rows."""
+def new_scratch(num_threads: int, head_size: int, page_tokens: int) -> Any:
+    """Memory for `cut_scratch`, a row per thread; it must outlive the pointers."""
     width, rows = padded(head_size), padded(page_tokens)
+    num_vectors = width + 2 + rows + width + 2
+    return np.empty((num_threads, num_vectors * MANY_ROWS + (2 * rows + 1) * width), np.float32)
+
+
+@called
+def cut_scratch(memory: Any, head_size: int, page_tokens: int) -> Scratch:
+    """One thread's memory, for items of any number of rows."""
+    width, rows = padded(head_size), padded(page_tokens)
+    low = width * MANY_ROWS
+    scores = low + 2 * MANY_ROWS
+    state = scores + rows * MANY_ROWS
+    keys = state + state_size(head_size)
+    values = keys + rows * width
     return Scratch(
-        np.empty(width * MANY_ROWS, np.float32),
-        np.empty(MANY_ROWS, np.float32),
-        np.empty(MANY_ROWS, np.float32),
-        np.empty(rows * width, np.float32),
-        np.empty(rows * width, np.float32),
-        np.empty(rows * MANY_ROWS, np.float32),
-        np.empty(state_size(head_size), np.float32),
-        np.empty(width, np.float32),
+        memory_of(memory, 0),
+        memory_of(memory, low),
+        memory_of(memory, low + MANY_ROWS),
+        memory_of(memory, keys),
+        memory_of(memory, values),
+        memory_of(memory, scores),
+        memory_of(memory, state),
+        memory_of(memory, values + rows * width),
     )
 
 
 @inlined
-def gather_rows(
-    zero: Any, item: Item, q: Queries, options: Options, head_size: int, scratch: Scratch
-) -> None:
+def gather_rows(zero: Any, item: Item, q: Queries, head_size: int, scratch: Scratch) -> None:
     """Fill `queries`, `low` and `high`; lanes past the last row are zeros and see what it sees."""
     lanes = num_lanes(zero)
-    factor = np.float32(options.scale) * LOG2_E
-    begin, end = q.starts[item.sequence], q.starts[item.sequence + 1]
+    factor = np.float32(q.scale) * LOG2_E
     for i in range(head_size):
         store(zero, scratch.queries, i * lanes)
     for row in range(item.num_rows):
-        token, head = divmod(item.first_row + row, item.group)
-        start = (begin + token) * q.token_stride
-        start += (item.head * item.group + head) * q.head_stride
+        token = (item.first_row + row) // item.group
+        head = item.head * item.group + (item.first_row + row) % item.group
+        start = (item.first_token + token) * q.token_stride + head * q.head_stride
         copy_row(q.q, start, scratch.row, 0, head_size)
         for i in range(head_size):
             scratch.queries[i * lanes + row] = scratch.row[i] * factor
-    position = q.contexts[item.sequence] - (end - begin)
     for row in range(lanes):
         token = (item.first_row + min(row, item.num_rows - 1)) // item.group
-        scratch.high[row] = position + token
-        scratch.low[row] = 0
-        if options.window > 0:
-            scratch.low[row] = position + token - options.window + 1
+        scratch.high[row] = np.float32(item.position + token)
+        scratch.low[row] = np.float32(0)
+        if q.window > 0:
+            scratch.low[row] = np.float32(item.position + token - q.window + 1)
 
 
 @inlined
-def attend_rows(zero: Any, item: Item, page_ids: Any, kv: PagedKV, scratch: Scratch) -> None:
+def attend_rows(zero: Any, item: Item, kv: PagedKV, page_ids: Any, scratch: Scratch) -> None:
     """Output before division, peaks and sums of the item's rows over its keys, into `state`."""
     lanes, head_size = num_lanes(zero), kv.head_size
     state = scratch.state
@@ -117,7 +125,7 @@ def attend_rows(zero: Any, item: Item, page_ids: Any, kv: PagedKV, scratch: Scra
     all_low, all_high = scratch.low[lanes - 1], scratch.high[0]
     key = item.first_key
     while key <= item.last_key:
-        page, row = divmod(key, kv.page_tokens)
+        page, row = key // kv.page_tokens, key % kv.page_tokens
         count = min(kv.page_tokens - row, item.last_key + 1 - key)
         start = kv.start + page_ids[page] * kv.page_stride
         start += item.head * kv.head_stride + row * kv.token_stride
@@ -151,7 +159,7 @@ def _widen_keys(kv: PagedKV, start: int, count: int, head_size: int, scratch: Sc
 
 @inlined
 def copy_row(source: Any, source_start: int, target: Any, target_start: int, count: int) -> None:
-    """Copy elements between arrays of any two of the element types."""
+    """Copy elements between memory of any two of the element types."""
     zero = zeros(COPY_LANES)
     whole = count - count % COPY_LANES
     for i in range(0, whole, COPY_LANES):
@@ -212,10 +220,10 @@ def _product8(zero: Any, a: Any, start: int, steps: Any, count: int, b: Any) -> 
 @inlined
 def _multiply_add4(vector: Any, a: Any, index: int, step: int, sums: Any) -> Any:
     return (
-        multiply_add(vector, broadcast(vector, element(a, index)), sums[0]),
-        multiply_add(vector, broadcast(vector, element(a, index + step)), sums[1]),
-        multiply_add(vector, broadcast(vector, element(a, index + 2 * step)), sums[2]),
-        multiply_add(vector, broadcast(vector, element(a, index + 3 * step)), sums[3]),
+        multiply_add(vector, broadcast(vector, a[index]), sums[0]),
+        multiply_add(vector, broadcast(vector, a[index + step]), sums[1]),
+        multiply_add(vector, broadcast(vector, a[index + 2 * step]), sums[2]),
+        multiply_add(vector, broadcast(vector, a[index + 3 * step]), sums[3]),
     )
 
 
@@ -242,33 +250,33 @@ def _scale_and_add4(addends: Any, array: Any, index: int, factor: Any) -> None:
 
 
 @called
-def join_spans(partials: Any, lanes: int, head_size: int, state: Any) -> None:
+def join_spans(partials: Any, num_spans: int, lanes: int, head_size: int, state: Any) -> None:
     """The state over all keys from those of spans of them, in order."""
-    width = padded(head_size)
+    num_vectors, size = padded(head_size) + 2, state_size(head_size)
     zero = zeros(FEW_ROWS)
     for lane in range(0, lanes, FEW_ROWS):
-        peak_index = width * lanes + lane
+        peak_index = padded(head_size) * lanes + lane
         peaks = broadcast(zero, FIRST_PEAK)
-        for span in range(partials.shape[0]):
-            peaks = maximum(peaks, load(zero, partials[span], peak_index))
-        for i in range(width + 2):
+        for span in range(num_spans):
+            peaks = maximum(peaks, load(zero, partials, span * size + peak_index))
+        for i in range(num_vectors):
             store(zero, state, i * lanes + lane)
-        for span in range(partials.shape[0]):
-            weight = exp2(subtract(load(zero, partials[span], peak_index), peaks))
-            for i in range(width + 2):
+        for span in range(num_spans):
+            weight = exp2(subtract(load(zero, partials, span * size + peak_index), peaks))
+            for i in range(num_vectors):
                 index = i * lanes + lane
-                value = load(zero, partials[span], index)
+                value = load(zero, partials, span * size + index)
                 store(multiply_add(value, weight, load(zero, state, index)), state, index)
 
 
 @called
-def write_rows(item: Item, first_token: int, out_THE: Any, scratch: Scratch) -> None:
-    """Divide by the sums and round: the item's rows of the output."""
-    num_heads, head_size = out_THE.shape[1:]
+def write_rows(item: Item, num_heads: int, head_size: int, out: Any, scratch: Scratch) -> None:
+    """Divide by the sums and round: the item's rows of the output [T, H, E]."""
     for row in range(item.num_rows):
-        token, head = divmod(item.first_row + row, item.group)
+        token = item.first_token + (item.first_row + row) // item.group
+        head = item.head * item.group + (item.first_row + row) % item.group
         sum_of_weights = scratch.state[(padded(head_size) + 1) * item.lanes + row]
+        factor = np.float32(1) / sum_of_weights
         for i in range(head_size):
-            scratch.row[i] = scratch.state[i * item.lanes + row] / sum_of_weights
-        index = ((first_token + token) * num_heads + item.head * item.group + head) * head_size
-        copy_row(scratch.row, 0, out_THE, index, head_size)
+            scratch.row[i] = scratch.state[i * item.lanes + row] * factor
+        copy_row(scratch.row, 0, out, (token * num_heads + head) * head_size, head_size)

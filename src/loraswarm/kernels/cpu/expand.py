@@ -18,15 +18,15 @@ from loraswarm.kernels.cpu.tiles import (
     TileArrays,
     ceil_divide,
     check_tiles,
+    find_item,
     first_items,
-    locate,
 )
 from loraswarm.kernels.cpu.vectors import (
     add,
     broadcast,
-    element,
     load,
     load_up_to,
+    memory_of,
     multiply_add,
     num_lanes,
     store,
@@ -41,21 +41,22 @@ TAIL_LANES = 16
 
 
 class Update(NamedTuple):
-    """What one segment adds to columns of `y` at one part.
+    """What some tokens of one segment add to their columns of `y` at one part; bare pointers.
 
-    Its token t begins in `y` at `y_start + t * y_stride` and in `h` at `h_start + t * h_stride`. Its
-    tiles are `first_tile : last_tile`, with rows of `width` elements.
+    Row t of the tokens is at `y + t * y_stride` and at `h + t * h_stride`. `offset`, `ranks` and
+    `scale` are those of the segment's tiles, whose rows have `width` elements.
     """
 
     y: Any
-    y_start: int
     y_stride: int
     h: Any
-    h_start: int
     h_stride: int
     num_tokens: int
-    first_tile: int
-    last_tile: int
+    pool: Any
+    offset: Any
+    ranks: Any
+    scale: Any
+    num_tiles: int
     width: int
 
 
@@ -84,57 +85,60 @@ def _expand_items(
     y: Any, y_stride: int, h_QTR: Any, tiles: TileArrays, first_item: Any, next_item: Any
 ) -> None:
     """One thread's share: items until none is left."""
-    item = add_atomically(next_item, 0, 1)
-    while item < first_item[-1]:
-        part, segment, piece, begin, end = locate(item, tiles, first_item)
-        first_tile, last_tile = tiles.ranges[part, segment]
+    _, num_tokens, num_columns = h_QTR.shape
+    number = add_atomically(next_item, 0, 1)
+    while number < first_item[-1]:
+        item = find_item(number, tiles, first_item)
+        h_row = item.part * num_tokens + item.first_token
+        y_start = item.first_token * y_stride + tiles.widths[: item.part].sum()
         update = Update(
-            y,
-            begin * y_stride + tiles.widths[:part].sum(),
+            memory_of(y, y_start),
             y_stride,
-            h_QTR,
-            (part * h_QTR.shape[1] + begin) * h_QTR.shape[2],
-            h_QTR.shape[2],
-            end - begin,
-            first_tile,
-            last_tile,
-            tiles.widths[part],
+            memory_of(h_QTR, h_row * num_columns),
+            num_columns,
+            item.num_tokens,
+            memory_of(tiles.pool, 0),
+            memory_of(tiles.offset, item.first_tile),
+            memory_of(tiles.ranks, item.first_tile),
+            memory_of(tiles.scale, item.first_tile),
+            item.last_tile - item.first_tile,
+            tiles.widths[item.part],
         )
-        low = piece * PIECE_COLUMNS
+        low = item.piece * PIECE_COLUMNS
         high = min(low + PIECE_COLUMNS, update.width)
         if update.num_tokens == 1:
-            _expand_one_token(update, tiles, low, high)
+            _expand_one_token(update, low, high)
         else:
-            _expand_tokens(update, tiles, low, high)
-        item = add_atomically(next_item, 0, 1)
+            _expand_tokens(update, low, high)
+        number = add_atomically(next_item, 0, 1)
 
 
 @called
-def _expand_one_token(update: Update, tiles: TileArrays, low: int, high: int) -> None:
+def _expand_one_token(update: Update, low: int, high: int) -> None:
     """y += scale * h @ Bt for columns `low : high` of one token."""
-    low = _expand_one(zeros(ONE_TOKEN_LANES), update, tiles, low, high)
-    low = _expand_one(zeros(FOUR_TOKEN_LANES), update, tiles, low, high)
-    _expand_one(zeros(TAIL_LANES), update, tiles, low, high + TAIL_LANES - 1)
+    low = _expand_one(zeros(ONE_TOKEN_LANES), update, low, high)
+    low = _expand_one(zeros(FOUR_TOKEN_LANES), update, low, high)
+    _expand_one(zeros(TAIL_LANES), update, low, high + TAIL_LANES - 1)
 
 
 @called
-def _expand_tokens(update: Update, tiles: TileArrays, low: int, high: int) -> None:
+def _expand_tokens(update: Update, low: int, high: int) -> None:
     """y += scale * h @ Bt for columns `low : high` of several tokens."""
-    low = _expand_many(zeros(FOUR_TOKEN_LANES), update, tiles, low, high)
-    _expand_many(zeros(TAIL_LANES), update, tiles, low, high + TAIL_LANES - 1)
+    low = _expand_many(zeros(FOUR_TOKEN_LANES), update, low, high)
+    _expand_many(zeros(TAIL_LANES), update, low, high + TAIL_LANES - 1)
 
 
 @inlined
-def _expand_one(zero: Any, update: Update, tiles: TileArrays, low: int, high: int) -> int:
+def _expand_one(zero: Any, update: Update, low: int, high: int) -> int:
     """Update one token's columns from `low` while a vector fits below `high`; returns the next."""
     while low + num_lanes(zero) <= high:
         delta = zero
-        for tile in range(update.first_tile, update.last_tile):
-            bt_index = tiles.offset[tile] + low
-            h_index = update.h_start + (tile - update.first_tile) * MAX_TILE_RANKS
-            for rank in range(tiles.ranks[tile]):
-                bt = _load_columns(zero, tiles.pool, bt_index, update.width - low)
-                factor = broadcast(zero, element(update.h, h_index + rank) * tiles.scale[tile])
+        for tile in range(update.num_tiles):
+            bt_index = update.offset[tile] + low
+            first_rank = tile * MAX_TILE_RANKS
+            for rank in range(first_rank, first_rank + update.ranks[tile]):
+                bt = _load_columns(zero, update.pool, bt_index, update.width - low)
+                factor = broadcast(zero, update.h[rank] * update.scale[tile])
                 delta = multiply_add(bt, factor, delta)
                 bt_index += update.width
         _add_to_row(delta, update, 0, low)
@@ -143,14 +147,14 @@ def _expand_one(zero: Any, update: Update, tiles: TileArrays, low: int, high: in
 
 
 @inlined
-def _expand_many(zero: Any, update: Update, tiles: TileArrays, low: int, high: int) -> int:
+def _expand_many(zero: Any, update: Update, low: int, high: int) -> int:
     """`_expand_one` for all tokens, four at a time; the last stands in for what is missing."""
     num_tokens = update.num_tokens
     last = num_tokens - 1
     while low + num_lanes(zero) <= high:
         for token in range(0, num_tokens, 4):
             tokens = (token, min(token + 1, last), min(token + 2, last), min(token + 3, last))
-            deltas = _sum_ranks4(zero, update, tiles, tokens, low)
+            deltas = _sum_ranks4(zero, update, tokens, low)
             _add_to_row(deltas[0], update, token, low)
             if token + 1 < num_tokens:
                 _add_to_row(deltas[1], update, token + 1, low)
@@ -163,20 +167,20 @@ def _expand_many(zero: Any, update: Update, tiles: TileArrays, low: int, high: i
 
 
 @inlined
-def _sum_ranks4(zero: Any, update: Update, tiles: TileArrays, tokens: Any, low: int) -> Any:
+def _sum_ranks4(zero: Any, update: Update, tokens: Any, low: int) -> Any:
     deltas = (zero, zero, zero, zero)
     h, h_stride = update.h, update.h_stride
-    for tile in range(update.first_tile, update.last_tile):
-        bt_index = tiles.offset[tile] + low
-        h_index = update.h_start + (tile - update.first_tile) * MAX_TILE_RANKS
-        scale = tiles.scale[tile]
-        for rank in range(h_index, h_index + tiles.ranks[tile]):
-            bt = _load_columns(zero, tiles.pool, bt_index, update.width - low)
+    for tile in range(update.num_tiles):
+        bt_index = update.offset[tile] + low
+        first_rank = tile * MAX_TILE_RANKS
+        scale = update.scale[tile]
+        for rank in range(first_rank, first_rank + update.ranks[tile]):
+            bt = _load_columns(zero, update.pool, bt_index, update.width - low)
             factors = (
-                broadcast(zero, element(h, rank + tokens[0] * h_stride) * scale),
-                broadcast(zero, element(h, rank + tokens[1] * h_stride) * scale),
-                broadcast(zero, element(h, rank + tokens[2] * h_stride) * scale),
-                broadcast(zero, element(h, rank + tokens[3] * h_stride) * scale),
+                broadcast(zero, h[rank + tokens[0] * h_stride] * scale),
+                broadcast(zero, h[rank + tokens[1] * h_stride] * scale),
+                broadcast(zero, h[rank + tokens[2] * h_stride] * scale),
+                broadcast(zero, h[rank + tokens[3] * h_stride] * scale),
             )
             deltas = (
                 multiply_add(bt, factors[0], deltas[0]),
@@ -190,7 +194,7 @@ def _sum_ranks4(zero: Any, update: Update, tiles: TileArrays, tokens: Any, low: 
 
 @inlined
 def _add_to_row(delta: Any, update: Update, token: int, low: int) -> None:
-    index = update.y_start + token * update.y_stride + low
+    index = token * update.y_stride + low
     count = update.width - low
     y = add(_load_columns(delta, update.y, index, count), delta)
     if num_lanes(delta) == TAIL_LANES:
@@ -200,8 +204,8 @@ def _add_to_row(delta: Any, update: Update, token: int, low: int) -> None:
 
 
 @inlined
-def _load_columns(like: Any, array: Any, index: int, count: int) -> Any:
+def _load_columns(like: Any, memory: Any, index: int, count: int) -> Any:
     """Only the narrowest vectors meet the end of a row."""
     if num_lanes(like) == TAIL_LANES:
-        return load_up_to(like, array, index, count)
-    return load(like, array, index)
+        return load_up_to(like, memory, index, count)
+    return load(like, memory, index)

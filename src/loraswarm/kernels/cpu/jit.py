@@ -25,7 +25,12 @@ numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 
 PARALLEL_PRODUCTS = 1 << 16
-_NO_WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_PART = {
+    "nogil": True,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
 
 
 def _cache_directory() -> str:
@@ -83,12 +88,12 @@ def kernel(function: Function) -> Function:
 
 def called(function: Function) -> Function:
     """A part of a kernel, compiled once however often it is used; takes and returns no vectors."""
-    return cast(Function, numba.njit(nogil=True, **_NO_WRAPPERS)(function))
+    return cast(Function, numba.njit(**_PART)(function))
 
 
 def inlined(function: Function) -> Function:
     """A part of a kernel; vectors stay in registers across its calls."""
-    return cast(Function, numba.njit(nogil=True, forceinline=True, **_NO_WRAPPERS)(function))
+    return cast(Function, numba.njit(forceinline=True, **_PART)(function))
 
 
 @intrinsic

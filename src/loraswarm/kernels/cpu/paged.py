@@ -11,7 +11,7 @@ from torch import Tensor
 from loraswarm.kernels import AttentionWork, reference
 from loraswarm.kernels.cpu.arrays import bits, flat_bits
 from loraswarm.kernels.cpu.attention import attend
-from loraswarm.kernels.cpu.attention_plan import Options, PagedKV, Queries
+from loraswarm.kernels.cpu.attention_plan import PagedKV, Queries, Work
 from loraswarm.kernels.cpu.jit import threads
 from loraswarm.kernels.cpu.writing import NewKV, write
 
@@ -41,17 +41,13 @@ def paged_attention(
     out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype)
     if out_THE.numel() == 0:
         return out_THE
-    queries = Queries(
-        flat_bits("q_THE", q_THE),
-        q_THE.stride(0),
-        q_THE.stride(1),
-        work.query_starts.numpy(),
-        work.context_lens.numpy(),
-        work.page_table.numpy(),
-    )
-    num_products = q_THE.numel() * work.max_context_tokens
-    options = Options(scale, window or 0, threads.wake(num_products))
-    attend(queries, _paged_kv(pages, layer), bits("out_THE", out_THE), options)
+    num_heads = q_THE.shape[1]
+    token_stride, head_stride, _ = q_THE.stride()
+    q = flat_bits("q_THE", q_THE)
+    queries = Queries(q, token_stride, head_stride, num_heads, scale, window or 0)
+    arrays = Work(work.query_starts.numpy(), work.context_lens.numpy(), work.page_table.numpy())
+    num_threads = threads.wake(q_THE.numel() * work.max_context_tokens)
+    attend(queries, arrays, _paged_kv(pages, layer), bits("out_THE", out_THE), num_threads)
     return out_THE
 
 

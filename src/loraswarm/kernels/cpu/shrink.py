@@ -5,7 +5,7 @@ Four rows and four tokens share each load. Called by kernels/cpu/lora only.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import prange
@@ -17,13 +17,28 @@ from loraswarm.kernels.cpu.tiles import (
     TileArrays,
     ceil_divide,
     check_tiles,
+    find_item,
     first_items,
-    locate,
 )
-from loraswarm.kernels.cpu.vectors import load, load_part, multiply_add, total, zeros
+from loraswarm.kernels.cpu.vectors import load, load_part, memory_of, multiply_add, total, zeros
 
 LANES = 16
 PIECE_ROWS = 4
+
+
+class Block(NamedTuple):
+    """Bare pointers to up to 4 rows of A, to rows of x for some tokens, and to where h goes.
+
+    Rows of A and x follow each other after `width` elements, those of h after `h_stride`.
+    """
+
+    x: Any
+    a: Any
+    h: Any
+    h_stride: int
+    width: int
+    num_rows: int
+    num_tokens: int
 
 
 @kernel
@@ -51,118 +66,129 @@ def _shrink_items(
     x_TI: Any, h_QTR: Any, tiles: TileArrays, first_item: Any, next_item: Any
 ) -> None:
     """One thread's share: items until none is left."""
-    item = add_atomically(next_item, 0, 1)
-    while item < first_item[-1]:
-        part, segment, piece, begin, end = locate(item, tiles, first_item)
-        first_tile = tiles.ranges[part, segment, 0]
-        tile = first_tile
-        while piece >= ceil_divide(tiles.ranks[tile], PIECE_ROWS):
-            piece -= ceil_divide(tiles.ranks[tile], PIECE_ROWS)
+    width = x_TI.shape[1]
+    _, num_tokens, num_columns = h_QTR.shape
+    number = add_atomically(next_item, 0, 1)
+    while number < first_item[-1]:
+        item = find_item(number, tiles, first_item)
+        tile, row = item.first_tile, item.piece * PIECE_ROWS
+        while row >= _padded_rows(tiles.ranks[tile]):
+            row -= _padded_rows(tiles.ranks[tile])
             tile += 1
-        row = piece * PIECE_ROWS
-        a_offset = tiles.offset[tile] + row * x_TI.shape[1]
-        column = (tile - first_tile) * MAX_TILE_RANKS + row
-        num_rows = min(tiles.ranks[tile] - row, PIECE_ROWS)
-        h_TR = h_QTR[part, begin:end, column : column + num_rows]
-        _shrink_rows(x_TI[begin:end], h_TR, tiles.pool, a_offset)
-        item = add_atomically(next_item, 0, 1)
+        column = (tile - item.first_tile) * MAX_TILE_RANKS + row
+        h_row = item.part * num_tokens + item.first_token
+        block = Block(
+            memory_of(x_TI, item.first_token * width),
+            memory_of(tiles.pool, tiles.offset[tile] + row * width),
+            memory_of(h_QTR, h_row * num_columns + column),
+            num_columns,
+            width,
+            min(tiles.ranks[tile] - row, PIECE_ROWS),
+            item.num_tokens,
+        )
+        _shrink_rows(block)
+        number = add_atomically(next_item, 0, 1)
 
 
 @called
-def _shrink_rows(x_TI: Any, h_TR: Any, pool: Any, a_offset: int) -> None:
-    """h = x @ A.T for up to four rows of A, four tokens at a time.
+def _padded_rows(ranks: int) -> int:
+    return ceil_divide(ranks, PIECE_ROWS) * PIECE_ROWS
+
+
+@called
+def _shrink_rows(block: Block) -> None:
+    """h = x @ A.T, four tokens at a time.
 
     What is missing to four repeats the last row or token and is not stored; a token's sum does not
     depend on its neighbours.
     """
-    num_tokens, width = x_TI.shape
     zero = zeros(LANES)
-    a_starts = _starts4(a_offset, 0, h_TR.shape[1], width)
-    if num_tokens == 1:
-        _store_totals(h_TR, 0, _dot_rows(zero, pool, a_starts, x_TI, width))
+    a_starts = _starts4(0, block.num_rows, block.width)
+    if block.num_tokens == 1:
+        _store_totals(block, 0, _dot_rows(zero, block, a_starts))
         return
-    for token in range(0, num_tokens, 4):
-        x_starts = _starts4(0, token, num_tokens, width)
-        sums = _dot_block(zero, pool, a_starts, x_TI, x_starts)
-        _store_totals(h_TR, token, sums[0])
-        _store_totals(h_TR, token + 1, sums[1])
-        _store_totals(h_TR, token + 2, sums[2])
-        _store_totals(h_TR, token + 3, sums[3])
+    for token in range(0, block.num_tokens, 4):
+        x_starts = _starts4(token, block.num_tokens, block.width)
+        sums = _dot_block(zero, block, a_starts, x_starts)
+        _store_totals(block, token, sums[0])
+        _store_totals(block, token + 1, sums[1])
+        _store_totals(block, token + 2, sums[2])
+        _store_totals(block, token + 3, sums[3])
 
 
 @inlined
-def _starts4(offset: int, row: int, num_rows: int, width: int) -> Any:
+def _starts4(row: int, num_rows: int, width: int) -> Any:
     """Where rows `row : row + 4` begin; the last row stands in for rows that do not exist."""
     last = num_rows - 1
     return (
-        offset + row * width,
-        offset + min(row + 1, last) * width,
-        offset + min(row + 2, last) * width,
-        offset + min(row + 3, last) * width,
+        row * width,
+        min(row + 1, last) * width,
+        min(row + 2, last) * width,
+        min(row + 3, last) * width,
     )
 
 
 @inlined
-def _store_totals(h_TR: Any, token: int, sums: Any) -> None:
-    if token >= h_TR.shape[0]:
+def _store_totals(block: Block, token: int, sums: Any) -> None:
+    if token >= block.num_tokens:
         return
-    num_rows = h_TR.shape[1]
-    h_TR[token, 0] = total(sums[0])
-    if num_rows > 1:
-        h_TR[token, 1] = total(sums[1])
-    if num_rows > 2:
-        h_TR[token, 2] = total(sums[2])
-    if num_rows > 3:
-        h_TR[token, 3] = total(sums[3])
+    h, index = block.h, token * block.h_stride
+    h[index] = total(sums[0])
+    if block.num_rows > 1:
+        h[index + 1] = total(sums[1])
+    if block.num_rows > 2:
+        h[index + 2] = total(sums[2])
+    if block.num_rows > 3:
+        h[index + 3] = total(sums[3])
 
 
 @inlined
-def _dot_rows(zero: Any, pool: Any, a_starts: Any, x: Any, width: int) -> Any:
-    """Lane by lane the dot products of four rows of A with the first token of `x`."""
+def _dot_rows(zero: Any, block: Block, a_starts: Any) -> Any:
+    """Lane by lane the dot products of four rows of A with the block's first token."""
     sums = (zero, zero, zero, zero)
-    whole = width - width % LANES
+    a, x = block.a, block.x
+    whole, rest = block.width - block.width % LANES, block.width % LANES
     for i in range(0, whole, LANES):
-        sums = _multiply_add4(_load4(zero, pool, a_starts, i), load(zero, x, i), sums)
-    if whole < width:
-        a = _load_part4(zero, pool, a_starts, whole, width - whole)
-        sums = _multiply_add4(a, load_part(zero, x, whole, width - whole), sums)
+        sums = _multiply_add4(_load4(zero, a, a_starts, i), load(zero, x, i), sums)
+    if rest > 0:
+        a_rest = _load_part4(zero, a, a_starts, whole, rest)
+        sums = _multiply_add4(a_rest, load_part(zero, x, whole, rest), sums)
     return sums
 
 
 @inlined
-def _dot_block(zero: Any, pool: Any, a_starts: Any, x_TI: Any, x_starts: Any) -> Any:
+def _dot_block(zero: Any, block: Block, a_starts: Any, x_starts: Any) -> Any:
     """`_dot_rows` for four tokens: each element is loaded once for four products."""
     none = (zero, zero, zero, zero)
     sums = (none, none, none, none)
-    width = x_TI.shape[1]
-    whole = width - width % LANES
+    a, x = block.a, block.x
+    whole, rest = block.width - block.width % LANES, block.width % LANES
     for i in range(0, whole, LANES):
-        a = _load4(zero, pool, a_starts, i)
-        sums = _multiply_add16(a, _load4(zero, x_TI, x_starts, i), sums)
-    if whole < width:
-        a = _load_part4(zero, pool, a_starts, whole, width - whole)
-        x = _load_part4(zero, x_TI, x_starts, whole, width - whole)
-        sums = _multiply_add16(a, x, sums)
+        rows = _load4(zero, a, a_starts, i)
+        sums = _multiply_add16(rows, _load4(zero, x, x_starts, i), sums)
+    if rest > 0:
+        rows = _load_part4(zero, a, a_starts, whole, rest)
+        sums = _multiply_add16(rows, _load_part4(zero, x, x_starts, whole, rest), sums)
     return sums
 
 
 @inlined
-def _load4(zero: Any, array: Any, starts: Any, index: int) -> Any:
+def _load4(zero: Any, memory: Any, starts: Any, index: int) -> Any:
     return (
-        load(zero, array, starts[0] + index),
-        load(zero, array, starts[1] + index),
-        load(zero, array, starts[2] + index),
-        load(zero, array, starts[3] + index),
+        load(zero, memory, starts[0] + index),
+        load(zero, memory, starts[1] + index),
+        load(zero, memory, starts[2] + index),
+        load(zero, memory, starts[3] + index),
     )
 
 
 @inlined
-def _load_part4(zero: Any, array: Any, starts: Any, index: int, count: int) -> Any:
+def _load_part4(zero: Any, memory: Any, starts: Any, index: int, count: int) -> Any:
     return (
-        load_part(zero, array, starts[0] + index, count),
-        load_part(zero, array, starts[1] + index, count),
-        load_part(zero, array, starts[2] + index, count),
-        load_part(zero, array, starts[3] + index, count),
+        load_part(zero, memory, starts[0] + index, count),
+        load_part(zero, memory, starts[1] + index, count),
+        load_part(zero, memory, starts[2] + index, count),
+        load_part(zero, memory, starts[3] + index, count),
     )
 
 

@@ -78,6 +78,17 @@ def ceil_divide(amount: int, unit: int) -> int:
     return (amount + unit - 1) // unit
 
 
+class Item(NamedTuple):
+    """A piece of one segment's work at one part, for `num_tokens` tokens from `first_token`."""
+
+    part: int
+    first_tile: int
+    last_tile: int
+    piece: int
+    first_token: int
+    num_tokens: int
+
+
 @called
 def first_items(tiles: TileArrays, pieces_U: Any, max_tokens: int) -> Any:
     """The number of each unit's first item, then the number of all items."""
@@ -94,12 +105,16 @@ def first_items(tiles: TileArrays, pieces_U: Any, max_tokens: int) -> Any:
 
 
 @called
-def locate(item: int, tiles: TileArrays, first_item: Any) -> tuple[int, int, int, int, int]:
-    """(part, segment, piece, first token, end token) of an item."""
-    unit = np.searchsorted(first_item, item, side="right") - 1
-    part, segment = divmod(unit, tiles.ranges.shape[1])
+def find_item(number: int, tiles: TileArrays, first_item: Any) -> Item:
+    """The item with this number."""
+    unit: Any = np.searchsorted(first_item, number, side="right") - 1
+    num_segments = tiles.ranges.shape[1]
+    part, segment = unit // num_segments, unit % num_segments
     begin: Any = np.int64(tiles.segments[segment])
     end: Any = np.int64(tiles.segments[segment + 1])
-    piece, block = divmod(item - first_item[unit], ceil_divide(end - begin, ITEM_TOKENS))
-    begin += block * ITEM_TOKENS
-    return part, segment, piece, begin, min(begin + ITEM_TOKENS, end)
+    blocks = ceil_divide(end - begin, ITEM_TOKENS)
+    index = number - first_item[unit]
+    begin += index % blocks * ITEM_TOKENS
+    first_tile, last_tile = tiles.ranges[part, segment]
+    num_tokens = min(end - begin, ITEM_TOKENS)
+    return Item(part, first_tile, last_tile, index // blocks, begin, num_tokens)

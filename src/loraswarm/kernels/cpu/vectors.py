@@ -2,8 +2,8 @@
 
 Elements of bfloat16, float16 and float32 arrays are widened to float32 in registers and rounded
 back (to nearest, ties to even) when stored. NumPy has no bfloat16: its bits travel as uint16, those
-of float16 as int16. An index counts elements from an array's first, whatever its shape; nothing
-checks bounds. Used only by the kernels of this package.
+of float16 as int16. Loads and stores take bare pointers and an element's index; nothing checks
+bounds. Used only by the kernels of this package.
 """
 
 from __future__ import annotations
@@ -67,72 +67,75 @@ def broadcast(context: Any, like: Vector, value: Any) -> Any:
 
 
 @intrinsic
-def element(context: Any, array: Any, index: Any) -> Any:
-    """One element of a float32 array."""
-    assert array.dtype == types.float32
+def memory_of(context: Any, array: Any, index: Any) -> Any:
+    """The memory of an array from element `index` on, as a bare pointer.
+
+    Kernels hand this down instead of the array, whose every hand-over counts references.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.load(_pointer(context, builder, array, values[0], values[1]))
+        data = context.make_array(array)(context, builder, values[0]).data
+        return builder.gep(data, [values[1]])
 
-    return types.float32(array, types.intp), generate
+    return types.CPointer(array.dtype)(array, types.intp), generate
 
 
 @intrinsic
-def load(context: Any, like: Vector, array: Any, index: Any) -> Any:
-    """Elements `index : index + lanes` of `array`."""
+def load(context: Any, like: Vector, memory: Any, index: Any) -> Any:
+    """Elements `index : index + lanes` of `memory`."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        pointer = _pointer(context, builder, array, values[1], values[2])
+        pointer = builder.gep(values[1], [values[2]])
         wide = builder.bitcast(
             pointer, ir.VectorType(pointer.type.pointee, like.lanes).as_pointer()
         )
-        return _widen(builder, builder.load(wide, align=_align(array)), array.dtype)
+        return _widen(builder, builder.load(wide, align=_align(memory)), memory.dtype)
 
-    return like(like, array, types.intp), generate
+    return like(like, memory, types.intp), generate
 
 
 @intrinsic
-def load_part(context: Any, like: Vector, array: Any, index: Any, count: Any) -> Any:
+def load_part(context: Any, like: Vector, memory: Any, index: Any, count: Any) -> Any:
     """Elements `index : index + count`; the lanes from `count` on are zero and are not read."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        pointer = _pointer(context, builder, array, values[1], values[2])
+        pointer = builder.gep(values[1], [values[2]])
         kind = pointer.type.pointee
         staged = cgutils.alloca_once(builder, ir.VectorType(kind, like.lanes))
         builder.store(_constant(kind, 0, like.lanes), staged)
         _copy_elements(builder, pointer, builder.bitcast(staged, kind.as_pointer()), values[3])
-        return _widen(builder, builder.load(staged), array.dtype)
+        return _widen(builder, builder.load(staged), memory.dtype)
 
-    return like(like, array, types.intp, types.intp), generate
+    return like(like, memory, types.intp, types.intp), generate
 
 
 @intrinsic
-def store(context: Any, value: Vector, array: Any, index: Any) -> Any:
-    """Write every lane to elements `index : index + lanes`, rounded to the array's type."""
+def store(context: Any, value: Vector, memory: Any, index: Any) -> Any:
+    """Write every lane to elements `index : index + lanes`, rounded to the memory's type."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        pointer = _pointer(context, builder, array, values[1], values[2])
-        narrow = _narrow(builder, values[0], array.dtype)
+        pointer = builder.gep(values[1], [values[2]])
+        narrow = _narrow(builder, values[0], memory.dtype)
         wide = builder.bitcast(pointer, narrow.type.as_pointer())
-        builder.store(narrow, wide, align=_align(array))
+        builder.store(narrow, wide, align=_align(memory))
         return context.get_dummy_value()
 
-    return types.void(value, array, types.intp), generate
+    return types.void(value, memory, types.intp), generate
 
 
 @intrinsic
-def store_part(context: Any, value: Vector, array: Any, index: Any, count: Any) -> Any:
+def store_part(context: Any, value: Vector, memory: Any, index: Any, count: Any) -> Any:
     """Write the first `count` lanes as `store` does; other elements keep their bits."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        pointer = _pointer(context, builder, array, values[1], values[2])
-        narrow = _narrow(builder, values[0], array.dtype)
+        pointer = builder.gep(values[1], [values[2]])
+        narrow = _narrow(builder, values[0], memory.dtype)
         staged = cgutils.alloca_once(builder, narrow.type)
         builder.store(narrow, staged)
         _copy_elements(builder, builder.bitcast(staged, pointer.type), pointer, values[3])
         return context.get_dummy_value()
 
-    return types.void(value, array, types.intp, types.intp), generate
+    return types.void(value, memory, types.intp, types.intp), generate
 
 
 def _elementwise(name: str, num_operands: int, generate: Callable[..., Any]) -> Any:
@@ -226,20 +229,20 @@ def num_lanes(context: Any, value: Vector) -> Any:
 
 
 @inlined
-def load_up_to(like: Any, array: Any, index: int, count: int) -> Any:
+def load_up_to(like: Any, memory: Any, index: int, count: int) -> Any:
     """`load`, or `load_part` if fewer than all lanes are left."""
     if count >= num_lanes(like):
-        return load(like, array, index)
-    return load_part(like, array, index, count)
+        return load(like, memory, index)
+    return load_part(like, memory, index, count)
 
 
 @inlined
-def store_up_to(value: Any, array: Any, index: int, count: int) -> None:
+def store_up_to(value: Any, memory: Any, index: int, count: int) -> None:
     """`store`, or `store_part` if fewer than all lanes are left."""
     if count >= num_lanes(value):
-        store(value, array, index)
+        store(value, memory, index)
     else:
-        store_part(value, array, index, count)
+        store_part(value, memory, index, count)
 
 
 @inlined
@@ -261,14 +264,9 @@ def exp2(exponent: Any) -> Any:
     return multiply(result, power_of_two(shifted))
 
 
-def _pointer(context: Any, builder: Any, array: Any, value: Any, index: Any) -> Any:
-    data = context.make_array(array)(context, builder, value).data
-    return builder.gep(data, [index])
-
-
-def _align(array: Any) -> int:
+def _align(memory: Any) -> int:
     """Rows start at any element, so only an element's own alignment holds."""
-    return int(array.dtype.bitwidth) // 8
+    return int(memory.dtype.bitwidth) // 8
 
 
 def _copy_elements(builder: Any, source: Any, target: Any, count: Any) -> None:
@@ -278,7 +276,7 @@ def _copy_elements(builder: Any, source: Any, target: Any, count: Any) -> None:
 
 
 def _widen(builder: Any, stored: Any, element: Any) -> Any:
-    """float32 lanes of elements as they lie in an array of type `element`."""
+    """float32 lanes of elements as they lie in memory of type `element`."""
     lanes = stored.type.count
     if element == types.float32:
         return stored
@@ -291,7 +289,7 @@ def _widen(builder: Any, stored: Any, element: Any) -> Any:
 
 
 def _narrow(builder: Any, value: Any, element: Any) -> Any:
-    """Round float32 lanes to elements of an array of type `element`; NaN stays NaN."""
+    """Round float32 lanes to elements of type `element`; NaN stays NaN."""
     lanes = value.type.count
     if element == types.float32:
         return value

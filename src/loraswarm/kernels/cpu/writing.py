@@ -11,6 +11,7 @@ from numba import prange
 
 from loraswarm.kernels.cpu.attention_plan import PagedKV
 from loraswarm.kernels.cpu.jit import called, kernel
+from loraswarm.kernels.cpu.vectors import memory_of
 
 
 class NewKV(NamedTuple):
@@ -41,9 +42,9 @@ def _write_token(kv: PagedKV, new: NewKV, token: int, slot: int, head_size: int)
     start = kv.start + page * kv.page_stride + row * kv.token_stride
     for head in range(kv.num_heads):
         key = start + head * kv.head_stride
-        k_start = token * new.k_token_stride + head * new.k_head_stride
-        v_start = token * new.v_token_stride + head * new.v_head_stride
-        value = key + kv.value_offset
+        k_page, v_page = memory_of(kv.pages, key), memory_of(kv.pages, key + kv.value_offset)
+        k = memory_of(new.k, token * new.k_token_stride + head * new.k_head_stride)
+        v = memory_of(new.v, token * new.v_token_stride + head * new.v_head_stride)
         for i in range(head_size):
-            kv.pages[key + i] = new.k[k_start + i]
-            kv.pages[value + i] = new.v[v_start + i]
+            k_page[i] = k[i]
+            v_page[i] = v[i]

@@ -17,7 +17,7 @@ from loraswarm.kernels.cpu.paged import paged_attention, write_kv_
 
 MEASURED_WIDTH = 1024
 MEASURED_TOKENS = (512, 128, 32)
-MEASURED_RUNS = 5
+MEASURED_RUNS = 3
 CLEARLY_FASTER = 0.8  # of the other's time; less is noise
 
 
@@ -28,7 +28,7 @@ def warm_up(dtype_name: str, report: Callable[[str], None]) -> None:
     """
     dtype = getattr(torch, dtype_name)
     report(f"lora_shrink {dtype_name}")
-    case = _LoraCase(dtype, num_tokens=1, width=32)
+    case = LoraUpdate(dtype, num_tokens=1, width=32)
     h_QTR = case.shrink()
     report(f"lora_expand_ {dtype_name}")
     case.expand_(h_QTR)
@@ -48,7 +48,7 @@ def measure_crossover(dtype: torch.dtype) -> None:
     """Time kernels and torch on ever shorter segments while torch is faster; set `crossover`."""
     max_tokens = sys.maxsize
     for num_tokens in MEASURED_TOKENS:
-        case = _LoraCase(dtype, num_tokens, MEASURED_WIDTH)
+        case = LoraUpdate(dtype, num_tokens, MEASURED_WIDTH)
         crossover.set_max_tokens(dtype, 0)
         torch_s = case.fastest_s()
         crossover.set_max_tokens(dtype, sys.maxsize)
@@ -58,11 +58,12 @@ def measure_crossover(dtype: torch.dtype) -> None:
     crossover.set_max_tokens(dtype, max_tokens)
 
 
-class _LoraCase:
+class LoraUpdate:
     """One segment with one tile of 16 ranks."""
 
     def __init__(self, dtype: torch.dtype, num_tokens: int, width: int) -> None:
         generator = torch.Generator().manual_seed(0)
+        self.num_tokens = num_tokens
         self._x_TI = torch.randn(num_tokens, width, generator=generator).to(dtype)
         self._pool = torch.randn(2 * 16 * width, generator=generator).to(dtype)
         self._tiles = TileTable(
