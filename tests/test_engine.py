@@ -111,8 +111,8 @@ def test_after_warm_up_serving_compiles_nothing(swarm, engine):
 
 def test_answers_stay_the_same_when_the_pool_is_too_small_for_all(swarm, engine):
     params = SamplingParams(max_tokens=70, temperature=0, ignore_eos=True)
-    requests = mixed_requests([None, *NAMES[:3], None, *NAMES], params)
-    small = make_engine(swarm, pool_bytes=45 * engine.info.page_bytes)
+    requests = mixed_requests([None, *NAMES[:3], None, None, *NAMES[:3]], params)
+    small = make_engine(swarm, pool_bytes=32 * engine.info.page_bytes)
     assert run_tokens(small, requests) == run_tokens(engine, requests)
     assert small._scheduler.num_preemptions > 0
     assert small.stats().num_kv_pages == 0
@@ -379,10 +379,10 @@ def test_end_tokens_outside_the_vocabulary_are_reported_and_do_no_harm(tmp_path)
     assert len(run_tokens(engine, [make_request("x", None, prompt_of(0, 5), params)])["x"]) >= 2
 
 
-def test_a_prompt_that_fills_the_pool_can_be_scored(swarm):
-    engine = make_engine(swarm, pool_bytes=4 * 16 * 3072)
-    room = engine._scheduler.max_sequence_tokens(None)
-    assert room <= engine.info.max_model_len
+def test_a_prompt_that_fills_the_pool_can_be_scored(swarm, engine):
+    small = make_engine(swarm, pool_bytes=7 * engine.info.page_bytes)
+    room = small._scheduler.max_sequence_tokens(None)
+    assert room == small.info.max_model_len
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
-    (event,) = run(engine, [make_request("x", None, prompt_of(0, room), params)])["x"]
+    (event,) = run(small, [make_request("x", None, prompt_of(0, room), params)])["x"]
     assert len(event.prompt_logprobs) == room

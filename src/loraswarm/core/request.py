@@ -125,7 +125,9 @@ def _require_int(
 ) -> None:
     if value is None and optional:
         return
-    allowed = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    allowed = f"an integer from {low} to {high}"
+    if high is None or high == MAX_INT:
+        allowed = f"an integer >= {low}" + (" and below 2**63" if high else "")
     if not isinstance(value, int) or isinstance(value, bool):
         raise InvalidRequest(f"{name} is {value!r}; it must be {allowed}", name)
     if value < low or (high is not None and value > high):

@@ -41,8 +41,8 @@ from loraswarm.engine.messages import (
 )
 from loraswarm.errors import ConfigError, EngineError, LoRASwarmError
 
-# How long idle threads of a parallel region spin before they sleep. By default they spin for so long
-# that a step takes many times longer as soon as another process, such as the server, uses a core.
+# How long idle threads of a parallel region spin before they sleep. By default they spin for so
+# long that a step takes many times longer as soon as another process uses a core.
 SPIN_COUNT = "10000"
 STOP_TIMEOUT_S = 10.0
 LAST_REPLIES_S = 0.1  # what the process sent last may still be in the socket
