@@ -18,7 +18,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as engine/child_client sets it
+from loraswarm.engine.child_client import ENGINE_ENVIRONMENT
+
+os.environ.update(ENGINE_ENVIRONMENT | os.environ)  # before torch is imported
 
 import torch
 
