@@ -39,6 +39,16 @@ def test_outputs_are_in_the_order_of_prompts_with_their_own_adapters(llm):
     assert base.token_ids != outputs[0].token_ids
 
 
+def test_many_prompts_report_each_tenth_where_there_is_no_terminal(llm, caplog):
+    caplog.set_level("INFO", "loraswarm.llm")
+    llm.generate(["Hello"] * 20, SamplingParams(max_tokens=1, temperature=0))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [f"prompts done={2 * i} of=20" for i in range(1, 11)]
+    caplog.clear()
+    llm.generate(["Hello"] * 20, SamplingParams(max_tokens=1), use_progress_bar=False)
+    assert not caplog.records
+
+
 def test_token_ids_and_the_base_models_own_name_are_accepted(llm):
     ids = llm.tokenizer.encode(PROMPTS[0])
     (by_text,) = llm.generate([PROMPTS[0]], GREEDY)

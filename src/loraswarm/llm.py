@@ -6,6 +6,8 @@ Joins engine and text without HTTP or asyncio. Knows nothing about the command l
 from __future__ import annotations
 
 import itertools
+import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -24,6 +26,7 @@ from loraswarm.errors import InvalidRequest
 from loraswarm.text.generation import TextDelta, TextStream
 from loraswarm.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 Prompt = str | Seq[int]
 Message = dict[str, Any]
 
@@ -182,6 +185,8 @@ class LLM:
                             del inboxes[request_id]
                             self._close(request_id)
                             bar.update()
+                            if use_progress_bar and not sys.stderr.isatty():
+                                _log_progress(len(requests) - len(inboxes), len(requests))
         finally:
             for request_id in inboxes:
                 self._close(request_id)
@@ -202,6 +207,12 @@ class LLM:
         """Forget a request, ended or not."""
         self._engine.abort(request_id)
         self._inboxes.pop(request_id, None)
+
+
+def _log_progress(num_done: int, num_prompts: int) -> None:
+    """A line for each tenth of the prompts, where no bar is shown."""
+    if num_done * 10 // num_prompts > (num_done - 1) * 10 // num_prompts:
+        log.info("prompts done=%d of=%d", num_done, num_prompts)
 
 
 def _as_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
