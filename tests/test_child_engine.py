@@ -160,6 +160,8 @@ def test_the_process_ends_when_its_parent_is_gone(swarm):
         client = await ChildEngineClient.start(config_of(swarm))
         client._process.stdin.close()
         await asyncio.wait_for(client.wait_closed(), 10)
+        assert not client.is_alive
+        assert client._process.returncode == 0
         await client.close()
 
     asyncio.run(main())

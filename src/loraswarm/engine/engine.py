@@ -105,7 +105,7 @@ class Engine:
         )
 
     def check(self) -> None:
-        """Assert the invariants of pool, caches and queues (cheap; for tests and idle moments)."""
+        """Assert the invariants of pool, caches and queues (for tests and idle moments)."""
         self._scheduler.check()
 
     def _check_lengths(self, request: Request, adapter: AdapterInfo | None) -> int:

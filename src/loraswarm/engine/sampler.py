@@ -28,10 +28,11 @@ def sample(logits_ZV: Tensor, sequences: Seq[Sequence]) -> list[int]:
              min_tokens, temperature, min_p, top_k, top_p; temperature 0 takes the likeliest token.
     Shapes   logits [Z, V] float32, changed in place.
     """
-    is_finite_Z = logits_ZV.amax(dim=-1).isfinite()
-    for row, sequence in enumerate(sequences):
-        adjust_(logits_ZV[row], sequence)
     best_Z, token_Z = logits_ZV.max(dim=-1)
+    is_finite_Z = best_Z.isfinite()
+    adjusted = [row for row, sequence in enumerate(sequences) if adjust_(logits_ZV[row], sequence)]
+    if adjusted:
+        best_Z[adjusted], token_Z[adjusted] = logits_ZV[adjusted].max(dim=-1)
     drawn = [row for row, sequence in enumerate(sequences) if not _is_greedy(sequence)]
     if drawn:
         params = [sequences[row].request.params for row in drawn]
@@ -48,8 +49,8 @@ def sample(logits_ZV: Tensor, sequences: Seq[Sequence]) -> list[int]:
     return token_Z.tolist()
 
 
-def adjust_(logits_V: Tensor, sequence: Sequence) -> None:
-    """Apply penalties, logit bias and the bar on end tokens to one row, in place.
+def adjust_(logits_V: Tensor, sequence: Sequence) -> bool:
+    """Apply penalties, logit bias and the bar on end tokens to one row, in place; whether any was.
 
     Repetition (over prompt and output): positive logits are divided by the penalty, negative ones
     multiplied. Presence and frequency count generated tokens only.
@@ -60,8 +61,10 @@ def adjust_(logits_V: Tensor, sequence: Sequence) -> None:
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits_V.device)
         logits_V[ids] += logits_V.new_tensor(list(params.logit_bias.values()))
-    if not sequence.may_end and sequence.end_token_ids:
+    bars_end = not sequence.may_end and bool(sequence.end_token_ids)
+    if bars_end:
         logits_V[torch.tensor(list(sequence.end_token_ids), device=logits_V.device)] = float("-inf")
+    return params.uses_penalties or bool(params.logit_bias) or bars_end
 
 
 def truncate_(logits_ZV: Tensor, sequences: Seq[Sequence]) -> Tensor:
