@@ -22,31 +22,51 @@ MAX_TILE_RANKS = 16
 class TileTable:
     """Which tiles every segment of a batch runs, at every site.
 
-    A site is `layer * 7 + target`. Segment g covers tokens `segments[g] : segments[g + 1]`; at site
-    m it runs tiles `ranges[m, g, 0] : ranges[m, g, 1]` of the arrays below, none if they are equal.
-    Tile n multiplies by A [ranks[n], I] and adds scale[n] * Bt [ranks[n], O]; both lie contiguous
-    in the pool from element `a_offset[n]` and `bt_offset[n]`.
+    Sites are numbered by core/base_shape. Segment g covers tokens `segments[g] : segments[g + 1]`;
+    at site m it runs tiles `ranges[m, g, 0] : ranges[m, g, 1]` of the arrays below, none if they
+    are equal. Tile n multiplies by A [ranks[n], I] and adds scale[n] * Bt [ranks[n], O]; row i of A
+    begins at element `a_offset[n] + i * a_stride[n]` of the pool, and of Bt likewise. Rows longer
+    than I or O (a stride that is larger) are matrices which several modules share.
 
         pool   ... | A row 0 | A row 1 | ... | ... | Bt row 0 | Bt row 1 | ...
                    ^ a_offset[n]                   ^ bt_offset[n]
 
+    Vectors lie in the same pool as float32: offsets count elements of `pool.view(float32)`, and -1
+    stands for a vector of ones (u, v, g) or of zeros (c). u [ranks[n]] and v [O] belong to a tile;
+    g and c [O] to a segment at a site, which may have them without tiles:
+
+        y = g * (y + sum of v[n] * (Bt[n]^T (scale[n] * u[n] * (A[n] x)))) + c
+
     Shapes    segments [G+1] int32, ascending from 0 to T; ranges [sites, G, 2] int32;
-              a_offset, bt_offset [N] int64; ranks [N] int32, 1..16; scale [N] float32.
-    `max_tiles[m]` is the most tiles any segment runs at site m (a host list, so that kernels need
-    not ask the device).
+              a_offset, bt_offset, a_stride, bt_stride [N] int64; ranks [N] int32, 1..16;
+              scale [N] float32; u_offset, v_offset [N] int64;
+              gain_offset [sites, G, 2] int64: of g and of c.
+    `max_tiles[m]` is the most tiles any segment runs at site m, `has_gains[m]` whether any segment
+    has g or c there (host tuples, so that nobody need ask the device).
     """
 
     segments: Tensor
     ranges: Tensor
     a_offset: Tensor
     bt_offset: Tensor
+    a_stride: Tensor
+    bt_stride: Tensor
     ranks: Tensor
     scale: Tensor
+    u_offset: Tensor
+    v_offset: Tensor
+    gain_offset: Tensor
     max_tiles: tuple[int, ...]
+    has_gains: tuple[bool, ...]
 
     def part_tiles(self, first_site: int, num_parts: int) -> int:
-        """Most tiles of any segment over the parts of one fused linear; 0: nothing to do."""
+        """Most tiles of any segment over the parts of one fused linear; 0: nothing to shrink."""
         return max(self.max_tiles[first_site : first_site + num_parts])
+
+    def changes(self, first_site: int, num_parts: int) -> bool:
+        """Whether any segment has tiles or gains at the parts of one fused linear."""
+        parts = slice(first_site, first_site + num_parts)
+        return any(self.max_tiles[parts]) or any(self.has_gains[parts])
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,4 +82,11 @@ class DecoderConfig:
                 (hidden, mlp),
                 (mlp, hidden),
             ),
+            biased_targets=(
+                *(self.has_qkv_bias,) * 3,
+                self.has_o_bias,
+                *(self.has_mlp_bias,) * 3,
+            ),
+            has_qk_norm=self.has_qk_norm,
+            ties_embeddings=self.ties_embeddings,
         )
