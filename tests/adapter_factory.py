@@ -173,4 +173,7 @@ def shape_of(model: PreTrainedModel) -> BaseShape:
         head_size=config.head_dim,
         vocab_size=config.vocab_size,
         target_sizes=tuple((linear.in_features, linear.out_features) for linear in linears),
+        biased_targets=tuple(linear.bias is not None for linear in linears),
+        has_qk_norm=hasattr(modules["model.layers.0.self_attn"], "q_norm"),
+        ties_embeddings=config.tie_word_embeddings,
     )

@@ -1,4 +1,4 @@
-"""A checked adapter: what it changes in the base, and the tensors themselves in the form tiles take.
+"""A checked adapter: what it changes in the base, and its tensors in the form that tiles take.
 
 Every method we apply is one form, for each module it changes:
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from loraswarm.core.base_shape import TARGETS
+from loraswarm.core.base_shape import TARGETS, BaseShape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +143,11 @@ class Adapter:
 
 
 class BaseWeights(Protocol):
-    """The base's own weights, for methods whose update depends on them (DoRA, PiSSA, biases)."""
+    """The base's sizes and, for methods whose update depends on them (DoRA, PiSSA, biases), its
+    weights."""
+
+    @property
+    def shape(self) -> BaseShape: ...
 
     def weight(self, path: str) -> Tensor:
         """[out, in] of the linear, embedding or lm_head at `path`, in the base's dtype.

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from loraswarm.adapters.adapter import AdapterInfo
-from loraswarm.adapters.peft import read_adapter_info
-from loraswarm.adapters.peft_config import CONFIG_FILE
+from loraswarm.adapters.config_keys import CONFIG_FILE
+from loraswarm.adapters.reading import read_adapter_info
 from loraswarm.core.base_shape import BaseShape
 from loraswarm.core.client import AdapterSummary
 from loraswarm.errors import AdapterError, ConfigError, UnknownAdapter

@@ -11,6 +11,8 @@ from loraswarm.core.events import TokenLogprob
 from loraswarm.core.request import Request
 
 AdapterKey = tuple[str, str]
+AdapterMix = tuple[tuple[AdapterKey, float], ...]
+"""What a token is computed with: adapters and their weights. () is the base alone."""
 
 
 @dataclass(slots=True, eq=False)

@@ -38,7 +38,8 @@ def lora_shrink(
     for part in range(num_parts):
         for begin, end, tile, column in _segment_tiles(tiles, first_site + part):
             ranks = int(tiles.ranks[tile])
-            a_RI = _rows(pool, int(tiles.a_offset[tile]), ranks, in_features)
+            a_at, a_stride = int(tiles.a_offset[tile]), int(tiles.a_stride[tile])
+            a_RI = _rows(pool, a_at, a_stride, (ranks, in_features))
             h_QTR[part, begin:end, column : column + ranks] = x_TI[begin:end].float() @ a_RI.T
     return h_QTR
 
@@ -51,33 +52,43 @@ def lora_expand_(
     first_site: int,
     out_bounds: tuple[int, ...],
 ) -> None:
-    """Add each token's low-rank update to `y_TO`, in place.
+    """Apply each token's low-rank updates, then its gains, to `y_TO` in place.
 
     Semantics, for token t of segment g and part q = columns out_bounds[q] : out_bounds[q + 1] of y:
-        y[t, part q] += sum over the tiles n (the j-th of g at site first_site + q) of
-            scale[n] * (h[q, t, 16 j : 16 j + ranks[n]] @ Bt[n])
-    Tokens of segments without tiles keep their bits.
+        y[t, part q] = gain * (y[t, part q] + delta) + constant
+        delta = sum over the tiles n (the j-th of g at site first_site + q) of
+            v[n] * ((scale[n] * u[n] * h[q, t, 16 j : 16 j + ranks[n]]) @ Bt[n])
+    with gain and constant at `gain_offset[first_site + q, g]`; absent vectors are ones, an absent
+    constant is zero. Columns of h that no tile has are not read. Tokens keep their bits in the
+    parts where their segment has neither tiles nor gains.
 
-    Shapes    y [T, O] f16|bf16|f32, written; h [Q, T, R] float32 from `lora_shrink`;
-              pool [elements] of y's dtype; out_bounds has Q + 1 ascending numbers, 0 to O.
-    Numerics  accumulates in float32; one rounding, when y is written.
+    Shapes    y [T, O] f16|bf16|f32, written; h [Q, T, R] float32 from `lora_shrink`, R = 0 where no
+              segment has tiles; pool [elements] of y's dtype; out_bounds has Q + 1 ascending
+              numbers, 0 to O.
+    Numerics  everything in float32; one rounding, when y is written.
     Raises    ValueError naming the argument, for a wrong dtype, device or shape; y is unchanged.
-    Source    as `lora_shrink`.
+    Source    as `lora_shrink`; u and v: Kopiczko et al. 2023 (VeRA); gains: Liu et al. 2022 (IA3),
+              Liu et al. 2024 (DoRA).
     """
     check_expand(y_TO, h_QTR, pool, tiles, out_bounds)
     check_sites(tiles, first_site, len(out_bounds) - 1)
-    for part in range(len(out_bounds) - 1):
-        low, high = out_bounds[part], out_bounds[part + 1]
-        deltas: dict[tuple[int, int], Tensor] = {}
-        for begin, end, tile, column in _segment_tiles(tiles, first_site + part):
-            ranks = int(tiles.ranks[tile])
-            bt_RO = _rows(pool, int(tiles.bt_offset[tile]), ranks, high - low)
-            delta_TO = h_QTR[part, begin:end, column : column + ranks] @ bt_RO
-            delta_TO *= float(tiles.scale[tile])
-            deltas[begin, end] = deltas.get((begin, end), 0.0) + delta_TO
-        for (begin, end), delta_TO in deltas.items():
+    bounds = list(pairwise(tiles.segments.tolist()))
+    for part, (low, high) in enumerate(pairwise(out_bounds)):
+        site, width = first_site + part, high - low
+        for segment, (begin, end) in enumerate(bounds):
+            gain_at, constant_at = tiles.gain_offset[site, segment].tolist()
+            first, last = tiles.ranges[site, segment].tolist()
+            if first == last and gain_at < 0 and constant_at < 0:
+                continue
             y_part = y_TO[begin:end, low:high]
-            y_part.copy_((y_part.float() + delta_TO).to(y_TO.dtype))
+            sum_TO = y_part.float()
+            for tile in range(first, last):
+                column = MAX_TILE_RANKS * (tile - first)
+                h_TR = h_QTR[part, begin:end, column : column + int(tiles.ranks[tile])]
+                sum_TO = sum_TO + _tile_update(h_TR, pool, tiles, tile, width)
+            gain_O = _vector(pool, gain_at, width, absent=1.0)
+            constant_O = _vector(pool, constant_at, width, absent=0.0)
+            y_part.copy_((gain_O * sum_TO + constant_O).to(y_TO.dtype))
 
 
 def write_kv_(pages: Tensor, layer: int, k_TKE: Tensor, v_TKE: Tensor, slots_T: Tensor) -> None:
@@ -180,6 +191,10 @@ def check_expand(
         tiles.segments.numel() == tiles.ranges.shape[1] + 1,
         "tiles.ranges has another number of segments than tiles.segments",
     )
+    _require(
+        tiles.gain_offset.shape == tiles.ranges.shape,
+        "tiles.gain_offset has another shape than tiles.ranges",
+    )
 
 
 def check_write_kv(pages: Tensor, k_TKE: Tensor, v_TKE: Tensor, slots_T: Tensor) -> None:
@@ -226,8 +241,30 @@ def _segment_tiles(tiles: TileTable, site: int) -> Iterator[tuple[int, int, int,
             yield segments[segment], segments[segment + 1], tile, column
 
 
-def _rows(pool: Tensor, offset: int, num_rows: int, width: int) -> Tensor:
-    return pool[offset : offset + num_rows * width].view(num_rows, width).float()
+def _tile_update(h_TR: Tensor, pool: Tensor, tiles: TileTable, tile: int, width: int) -> Tensor:
+    """v * ((scale * u * h) @ Bt) of one tile: [T, O] float32."""
+    ranks = h_TR.shape[1]
+    bt_RO = _rows(pool, int(tiles.bt_offset[tile]), int(tiles.bt_stride[tile]), (ranks, width))
+    u_R = _vector(pool, int(tiles.u_offset[tile]), ranks, absent=1.0)
+    v_O = _vector(pool, int(tiles.v_offset[tile]), width, absent=1.0)
+    return v_O * ((float(tiles.scale[tile]) * u_R * h_TR) @ bt_RO)
+
+
+def _rows(pool: Tensor, offset: int, stride: int, shape: tuple[int, int]) -> Tensor:
+    num_rows, width = shape
+    last = offset + (num_rows - 1) * stride + width
+    _require(stride >= width, "tiles.a_stride or tiles.bt_stride is shorter than a row")
+    _require(0 <= offset and last <= pool.numel(), "tiles.a_offset or tiles.bt_offset: no such rows")
+    return pool[offset:last].as_strided(shape, (stride, 1)).float()
+
+
+def _vector(pool: Tensor, offset: int, size: int, absent: float) -> Tensor:
+    """A float32 vector of the pool, or `absent` everywhere where the offset is -1."""
+    if offset < 0:
+        return torch.full((size,), absent)
+    float_pool = pool.view(torch.float32)
+    _require(offset + size <= float_pool.numel(), "a vector lies outside of the pool")
+    return float_pool[offset : offset + size]
 
 
 def _require(holds: bool, message: str) -> None:

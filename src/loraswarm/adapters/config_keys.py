@@ -1,0 +1,205 @@
+"""An adapter's config as checked values: every key is read, inert, refused, or unknown and refused.
+
+Shared by all methods. Knows what a value must look like, not what it means for an update.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Callable, Mapping, Set
+from typing import Any
+
+from loraswarm.adapters import module_selection
+from loraswarm.adapters.module_selection import ModuleSelection, Value
+from loraswarm.errors import AdapterError
+
+CONFIG_FILE = "adapter_config.json"
+MAX_RANK = 1_000_000
+MAX_ALPHA = 1e30
+MAX_LAYER = 1_000_000
+MAX_TOKEN_ID = 2**31 - 1
+
+SELECTION_KEYS = frozenset(
+    {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+)
+# Bookkeeping that every method's config has.
+BOOKKEEPING_KEYS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "task_type",
+    }
+)
+
+_shortened = reprlib.Repr()
+_shortened.maxstring = _shortened.maxother = 80
+
+
+class ConfigKeys:
+    """The keys of one adapter_config.json. Absent keys have the default that the caller gives.
+
+    Every method raises AdapterError naming the key, its value and what to do.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+
+    @classmethod
+    def parse(cls, text: bytes) -> ConfigKeys:
+        """Decode a whole file; its values are not looked at yet."""
+        try:
+            values = json.loads(text.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            reason = str(error) if isinstance(error, json.JSONDecodeError) else "not UTF-8 JSON"
+            raise AdapterError(f"{CONFIG_FILE} cannot be read as JSON: {reason}") from None
+        if not isinstance(values, dict):
+            raise AdapterError(f"{CONFIG_FILE} is not a JSON object")
+        return cls(values)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it stands in the file."""
+        return self.values.get(key, default)
+
+    def check(self, read: Set[str], inert: Set[str], refused: Mapping[str, str]) -> None:
+        """Refuse `refused` keys (key -> reason) that are on, and keys that nobody knows."""
+        for key, reason in refused.items():
+            value = self.values.get(key)
+            if not (value is None or value is False or value == [] or value == ""):
+                raise self.refusal(key, reason)
+        known = read | inert | refused.keys() | BOOKKEEPING_KEYS
+        for key in sorted(self.values.keys() - known):
+            value = self.values[key]
+            is_off = value is None or value is False or (value in ("", [], {}))
+            if not is_off:
+                raise self.refusal(
+                    key, "this key is unknown and may change the result; set it to null if not"
+                )
+
+    def refusal(self, key: str, reason: str) -> AdapterError:
+        """The error for a key whose value cannot be served."""
+        return _refusal(key, self.values.get(key), reason)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """true or false."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.refusal(key, "it must be true or false")
+        return default if value is None else value
+
+    def rank(self, key: str, default: int) -> int:
+        """A whole number from 1 on."""
+        return _rank(key, self.values.get(key, default))
+
+    def number(self, key: str, default: float) -> float:
+        """A finite number."""
+        return _number(key, self.values.get(key, default))
+
+    def rank_patterns(self, key: str) -> tuple[tuple[str, int], ...]:
+        """A map from module names to ranks, in file order."""
+        return self._patterns(key, _rank)
+
+    def number_patterns(self, key: str) -> tuple[tuple[str, float], ...]:
+        """A map from module names to numbers, in file order."""
+        return self._patterns(key, _number)
+
+    def token_ids(self, key: str) -> tuple[int, ...] | None:
+        """A list of token ids; None if the key is null or absent."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(
+            type(token_id) is int and 0 <= token_id <= MAX_TOKEN_ID for token_id in value
+        ):
+            raise self.refusal(key, "it must be a list of token ids")
+        return tuple(value)
+
+    def names(self, key: str) -> str | frozenset[str]:
+        """A list of names, or one string: a regular expression."""
+        value = self.values.get(key)
+        if value is None:
+            return frozenset()
+        if isinstance(value, str):
+            _check_expression(key, value)
+            return value
+        if isinstance(value, list) and all(isinstance(name, str) for name in value):
+            return frozenset(value)
+        raise self.refusal(key, "it must be a list of names or one regular expression")
+
+    def selection(self) -> ModuleSelection:
+        """The modules that SELECTION_KEYS select; target_modules must be there."""
+        targets = self.names("target_modules")
+        layers = self._layers()
+        patterns = self.names("layers_pattern")
+        if not targets:
+            raise self.refusal("target_modules", "name the adapted modules")
+        for key in ("layers_to_transform", "layers_pattern"):
+            if isinstance(targets, str) and self.values.get(key) is not None:
+                raise self.refusal(key, "target_modules must then be a list")
+        if patterns and self.values.get("layers_to_transform") is None:
+            raise self.refusal("layers_pattern", "layers_to_transform is missing")
+        listed = self.values.get("layers_pattern") or []
+        ordered = (listed,) if isinstance(listed, str) else tuple(listed)
+        for pattern in ordered:
+            _check_expression("layers_pattern", module_selection.layer_expression(pattern))
+        return ModuleSelection(targets, self.names("exclude_modules"), layers, ordered)
+
+    def _layers(self) -> frozenset[int] | None:
+        value = self.values.get("layers_to_transform")
+        if value is None or value == []:
+            return None
+        layers = value if isinstance(value, list) else [value]
+        if not all(type(layer) is int and abs(layer) <= MAX_LAYER for layer in layers):
+            raise self.refusal("layers_to_transform", "it must be a layer index or a list of them")
+        return frozenset(layers)
+
+    def _patterns(
+        self, key: str, number: Callable[[str, Any], Value]
+    ) -> tuple[tuple[str, Value], ...]:
+        mapping = self.values.get(key)
+        if mapping is None:
+            return ()
+        if not isinstance(mapping, dict):
+            raise self.refusal(key, "it must map module names to numbers")
+        patterns = []
+        for pattern, value in mapping.items():
+            label = f"{key}[{shortened(pattern)}]"
+            _check_expression(label, module_selection.key_expression(pattern))
+            patterns.append((pattern, number(label, value)))
+        return tuple(patterns)
+
+
+def shortened(value: Any) -> str:
+    """The value as messages show it, of bounded length."""
+    return _shortened.repr(value)
+
+
+def _rank(key: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        raise _refusal(key, value, f"it must be a whole number from 1 to {MAX_RANK}")
+    return value
+
+
+def _number(key: str, value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= MAX_ALPHA:
+        raise _refusal(key, value, f"it must be a number between -{MAX_ALPHA:g} and {MAX_ALPHA:g}")
+    return float(value)
+
+
+def _check_expression(key: str, expression: str) -> None:
+    try:
+        module_selection.compiled(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise AdapterError(
+            f"{CONFIG_FILE}: {key} is not a valid regular expression: {error}"
+        ) from None
+
+
+def _refusal(key: str, value: Any, reason: str) -> AdapterError:
+    return AdapterError(f"{CONFIG_FILE}: {key} is {shortened(value)}: {reason}")

@@ -1,0 +1,83 @@
+"""Checked values of an adapter's tensors: finite, and within the base's dtype.
+
+Knows nothing about config keys or modules. Handed to a method's `read`.
+"""
+
+from __future__ import annotations
+
+import math
+from io import BufferedReader
+
+import torch
+from torch import Tensor
+
+from loraswarm.adapters.safetensors_header import TensorEntry
+from loraswarm.adapters.source import AdapterSource
+from loraswarm.errors import AdapterError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+
+class TensorReader:
+    """Reads tensors of one source for a base of `dtype`.
+
+    Raises    AdapterError naming the tensor that is cut short, not finite or out of range.
+    """
+
+    def __init__(self, source: AdapterSource, dtype: torch.dtype) -> None:
+        self._source = source
+        self.dtype = dtype
+
+    def cast(self, name: str) -> Tensor:
+        """The tensor in the base's dtype, contiguous."""
+        stored = self._source.read(name)
+        cast = stored.to(self.dtype)
+        if not _is_finite(cast):
+            raise self._value_error(name, stored)
+        return cast
+
+    def wide(self, name: str) -> Tensor:
+        """The tensor in float32, contiguous."""
+        wide = self._source.read(name).float()
+        if not _is_finite(wide):
+            raise self._value_error(name, wide)
+        return wide
+
+    def fit(self, name: str, derived: Tensor) -> Tensor:
+        """A tensor derived from `name` (and others), in the base's dtype, contiguous."""
+        cast = derived.to(self.dtype).contiguous()
+        if not _is_finite(cast):
+            raise self._value_error(name, derived)
+        return cast
+
+    def indices(self, name: str) -> Tensor:
+        """An integer tensor as int64."""
+        return self._source.read(name).to(torch.int64)
+
+    def _value_error(self, name: str, stored: Tensor) -> AdapterError:
+        label = self._source.label
+        if not _is_finite(stored):
+            return AdapterError(f"{label}: tensor {name!r} has NaN or infinite values")
+        largest = stored.abs().max().item()
+        dtype_name = str(self.dtype).removeprefix("torch.")
+        return AdapterError(
+            f"{label}: tensor {name!r} has values up to {largest:g}; {dtype_name} ends at"
+            f" {torch.finfo(self.dtype).max:g}; serve with a wider --dtype"
+        )
+
+
+def read_tensor(file: BufferedReader, entry: TensorEntry) -> Tensor | None:
+    """Copy one row-major tensor out of a file; None if the file ends before it does."""
+    buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    file.seek(entry.begin)
+    if file.readinto(buffer.numpy().data) != entry.num_bytes:
+        return None
+    return buffer.view(DTYPES[entry.dtype]).view(entry.shape)
+
+
+def _is_finite(values: Tensor) -> bool:
+    """One pass without a temporary: minimum and maximum carry NaN and infinity."""
+    if values.numel() == 0:
+        return True
+    low, high = torch.aminmax(values)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
