@@ -54,36 +54,51 @@ def random_bits(num_elements: int, dtype: torch.dtype) -> Tensor:
 
 
 def lora_cases(
-    name: str, lengths: list[int], sizes: tuple[int, int], dtype: torch.dtype
+    name: str,
+    lengths: list[int],
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    with_vectors: bool = False,
 ) -> list[Case]:
-    """Shrink and expand of one linear for segments of these lengths, each with its own adapter."""
+    """Shrink and expand of one linear for segments of these lengths, each with its own adapter.
+
+    The calls are the sites of one table, as in a step. `with_vectors` gives every tile u and v and
+    every segment gains; otherwise there are none.
+    """
     in_features, out_features = sizes
     num_segments, num_tokens = len(lengths), sum(lengths)
     tile_elements = RANK * (in_features + out_features)
     copies = max(1, COLD_BYTES // (num_segments * tile_elements * dtype.itemsize))
-    pool = random_bits(copies * num_segments * tile_elements, dtype)
+    num_tiles = copies * num_segments
+    pool = random_bits(num_tiles * tile_elements, dtype)
     x_TI = random_bits(num_tokens * in_features, dtype).view(num_tokens, in_features)
     y_TO = random_bits(num_tokens * out_features, dtype).view(num_tokens, out_features).clone()
-    segments = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    first = torch.arange(num_segments, dtype=torch.int32)
-    shrinks: list[Callable[[], object]] = []
-    expands: list[Callable[[], object]] = []
-    for copy in range(copies):
-        a_offset = (torch.arange(num_segments) + copy * num_segments) * tile_elements
-        tiles = TileTable(
-            segments=segments,
-            ranges=torch.stack([first, first + 1], dim=1)[None].contiguous(),
-            a_offset=a_offset,
-            bt_offset=a_offset + RANK * in_features,
-            ranks=torch.full((num_segments,), RANK, dtype=torch.int32),
-            scale=torch.ones(num_segments),
-            max_tiles=(1,),
-        )
-        h_QTR = torch.randn(1, num_tokens, RANK) * 1e-3
-        shrinks.append(lambda t=tiles: cpu.lora_shrink(x_TI, pool, t, 0, 1))
-        expands.append(
-            lambda t=tiles, h=h_QTR: cpu.lora_expand_(y_TO, h, pool, t, 0, (0, out_features))
-        )
+    tile = torch.arange(num_tiles)
+    vector = 0 if with_vectors else -1
+    tiles = TileTable(
+        segments=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),
+        ranges=torch.stack([tile, tile + 1], dim=1).int().view(copies, num_segments, 2),
+        a_offset=tile * tile_elements,
+        bt_offset=tile * tile_elements + RANK * in_features,
+        a_stride=torch.full((num_tiles,), in_features),
+        bt_stride=torch.full((num_tiles,), out_features),
+        ranks=torch.full((num_tiles,), RANK, dtype=torch.int32),
+        scale=torch.ones(num_tiles),
+        u_offset=torch.full((num_tiles,), vector),
+        v_offset=torch.full((num_tiles,), vector),
+        gain_offset=torch.full((copies, num_segments, 2), vector),
+        max_tiles=(1,) * copies,
+        has_gains=(with_vectors,) * copies,
+    )
+    h_QTR = torch.randn(1, num_tokens, RANK) * 1e-3
+    bounds = (0, out_features)
+    shrinks: list[Callable[[], object]] = [
+        lambda at=site: cpu.lora_shrink(x_TI, pool, tiles, at, 1) for site in range(copies)
+    ]
+    expands: list[Callable[[], object]] = [
+        lambda at=site: cpu.lora_expand_(y_TO, h_QTR, pool, tiles, at, bounds)
+        for site in range(copies)
+    ]
     case = f"{name} {in_features}->{out_features}"
     row_bytes = num_segments * RANK * dtype.itemsize
     return [
@@ -164,6 +179,8 @@ def cases(dtype: torch.dtype) -> list[Case]:
     ):
         result += lora_cases(name, lengths, (NARROW, WIDE), dtype)
         result += lora_cases(name, lengths, (WIDE, NARROW), dtype)
+    for name, lengths in (("32 with vectors", [1] * 32), ("512 with vectors", [512])):
+        result += lora_cases(name, lengths, (NARROW, WIDE), dtype, with_vectors=True)
     result.append(attention_case("decode 32 x 160", [(1, 160)] * 32, dtype))
     result.append(attention_case("decode 4 x 2048", [(1, 2048)] * 4, dtype))
     result.append(attention_case("decode 1 x 16", [(1, 16)], dtype))

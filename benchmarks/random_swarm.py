@@ -68,7 +68,7 @@ def write_adapter(path: Path, shape: BaseShape, rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     targets = []
-    for site in range(shape.num_sites()):
+    for site in range(shape.num_linears):
         layer, target = divmod(site, len(shape.target_sizes))
         in_size, out_size = shape.target_sizes[target]
         name = module_path(layer, target)
@@ -110,7 +110,7 @@ def _base_tensors(config: dict[str, object], seed: int) -> Iterator[tuple[str, t
         return torch.empty(size).normal_(std=size[-1] ** -0.5, generator=generator).bfloat16()
 
     yield "model.embed_tokens.weight", random(shape.vocab_size, hidden)
-    for site in range(shape.num_sites()):
+    for site in range(shape.num_linears):
         layer, target = divmod(site, len(shape.target_sizes))
         in_size, out_size = shape.target_sizes[target]
         name = module_path(layer, target)

@@ -27,6 +27,17 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
+PEFT_WARNINGS = (
+    "`is_gradient_checkpointing` is deprecated",
+    "Setting `save_embedding_layers` to `True`",
+    "Model with `tie_word_embeddings=True`",
+    "Model has `tie_word_embeddings=True`",
+    "`lora_bias=True` was passed but the targeted layer",
+    "Adapter 'default': .* LoRA tensor\\(s\\) have invalid shape",
+    "Unsupported layer type",
+    "Specified to not (save|load) vera_A and vera_B",
+)
+
 SMALL_SHAPE = BaseShape(
     num_layers=2,
     num_kv_heads=1,
@@ -138,9 +149,11 @@ def load_peft_adapter(model: PreTrainedModel, path: Path) -> PeftModel:
 
 @contextmanager
 def peft_warnings_ignored() -> Iterator[None]:
-    """PEFT asks transformers for a property that transformers is about to rename."""
+    """PEFT asks transformers for a property that transformers is about to rename, and warns of
+    saving embeddings, of tied weights and of what its defaults do to tiny models."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        for message in PEFT_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
         yield
 
 
@@ -170,7 +183,7 @@ def shape_of(model: PreTrainedModel) -> BaseShape:
     return BaseShape(
         num_layers=config.num_hidden_layers,
         num_kv_heads=config.num_key_value_heads,
-        head_size=config.head_dim,
+        head_size=getattr(config, "head_dim", config.hidden_size // config.num_attention_heads),
         vocab_size=config.vocab_size,
         target_sizes=tuple((linear.in_features, linear.out_features) for linear in linears),
         biased_targets=tuple(linear.bias is not None for linear in linears),

@@ -109,7 +109,7 @@ def applied(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
         }
         for module in adapter.modules:
             path = shape.site_path(module.info.site)
-            a_RI = overlays[EMBEDDING_A].T if path == EMBEDDING else None
+            a_RI = overlays[EMBEDDING_A].T.contiguous() if path == EMBEDDING else None
             _apply(modules[path], module, a_RI, adapter.shared)
     return changed
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -26,6 +26,16 @@ BATCH_SIZES = (1, 3, 7, 33, 133)
 RANKS = (5, 16, 17, 40, 1, 64, 8)
 NUM_SITES = 4
 FIRST_SITE = 1
+KINDS = (
+    ("shared", "u", "v", "g", "c"),
+    (),
+    ("shared", "u", "v"),
+    ("u",),
+    ("v", "g"),
+    ("g", "c"),
+    ("no tiles", "g"),
+    ("no tiles", "c"),
+)
 BACKENDS = [pytest.param(reference, id="reference"), pytest.param(cpu, id="cpu")]
 NUM_CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 THREAD_COUNTS = [count for count in (1, 2, 4) if count <= (NUM_CPUS or 1)]
@@ -64,7 +74,8 @@ class LoraCase:
     pool: Tensor
     tiles: TileTable
     out_bounds: tuple[int, ...]
-    segments: list[tuple[str | None, int]]
+    segments: list[tuple]
+    adapters: Mapping[str, Mapping[int, SiteWeights]]
 
     @property
     def num_parts(self) -> int:
@@ -78,6 +89,23 @@ class LoraCase:
         y_TO = self.y_TO.clone()
         kernels.lora_expand_(y_TO, h_QTR, self.pool, self.tiles, FIRST_SITE, self.out_bounds)
         return y_TO
+
+    def alone(self, token: int) -> LoraCase:
+        """The same for one of the tokens only."""
+        segment = int((self.tiles.segments[1:] <= token).sum())
+        name, _, *others = self.segments[segment]
+        return replace(
+            self,
+            x_TI=self.x_TI[token : token + 1],
+            y_TO=self.y_TO[token : token + 1],
+            tiles=replace(
+                self.tiles,
+                segments=torch.tensor([0, 1], dtype=torch.int32),
+                ranges=self.tiles.ranges[:, segment : segment + 1].contiguous(),
+                gain_offset=self.tiles.gain_offset[:, segment : segment + 1].contiguous(),
+            ),
+            segments=[(name, 1, *others)],
+        )
 
     def defined(self, h_QTR: Tensor) -> Tensor:
         """h with zeros in the columns that no tile writes."""
@@ -102,13 +130,9 @@ def make_lora_case(
     seed: int = 0,
 ) -> LoraCase:
     """Adapters of mixed ranks, some without the last part; `poisoned` holds NaN and inf."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
+    numbers = _numbers(dtype, seed)
     adapters = {}
-    for name in sorted({name for name, _ in segments if name is not None} | {"adapter0"}):
+    for name in _names(segments):
         number = int(name.removeprefix("adapter"))
         sites = {}
         for part, out_features in enumerate(out_sizes):
@@ -121,16 +145,79 @@ def make_lora_case(
                 a_RI[0, 0], b_OR[0, 0] = float("nan"), float("inf")
             sites[FIRST_SITE + part] = SiteWeights(a_RI, b_OR, scale=0.5 + number % 4)
         adapters[name] = sites
-    tile_pool = TilePool(adapters, dtype)
-    num_tokens = sum(count for _, count in segments)
+    return _lora_case(numbers, adapters, segments, in_features, out_sizes)
+
+
+def make_general_case(
+    dtype: torch.dtype,
+    segments: list[tuple],
+    in_features: int = 37,
+    out_sizes: Sequence[int] = (48, 13, 101),
+    seed: int = 0,
+) -> LoraCase:
+    """Adapter n is of kind `KINDS[n % len(KINDS)]`; every third has nothing at the last part.
+
+    Those of a "shared" kind use one A and one B of 40 ranks, wider than any part.
+    """
+    numbers, floats = _numbers(dtype, seed), _numbers(torch.float32, seed + 1)
+    a_wide = numbers(40, in_features + 5) * in_features**-0.5
+    b_wide = numbers(max(out_sizes) + 3, 40) * 40**-0.5
+    adapters = {}
+    for name in _names(segments):
+        number = int(name.removeprefix("adapter"))
+        kind = KINDS[number % len(KINDS)]
+        sites = {}
+        for part, out_features in enumerate(out_sizes):
+            if part == 2 and number % 3 == 2:
+                continue
+            rank = 40 if "shared" in kind else RANKS[(number + part) % len(RANKS)]
+            a_RI = numbers(rank, in_features) * in_features**-0.5
+            b_OR = numbers(out_features, rank) * rank**-0.5
+            if "shared" in kind:
+                a_RI, b_OR = a_wide, b_wide
+            sites[FIRST_SITE + part] = SiteWeights(
+                a=None if "no tiles" in kind else a_RI,
+                b=None if "no tiles" in kind else b_OR,
+                scale=0.5 + number % 4,
+                u=floats(rank) if "u" in kind else None,
+                v=floats(out_features) if "v" in kind else None,
+                g=floats(out_features) if "g" in kind else None,
+                c=floats(out_features) if "c" in kind else None,
+            )
+        adapters[name] = sites
+    return _lora_case(numbers, adapters, segments, in_features, out_sizes)
+
+
+def _numbers(dtype: torch.dtype, seed: int) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
+
+
+def _names(segments: Sequence[tuple]) -> list[str]:
+    names = {name for first, _, *others in segments for name in (first, *others)}
+    return sorted((names - {None}) | {"adapter0"})
+
+
+def _lora_case(
+    numbers: Callable[..., Tensor],
+    adapters: Mapping[str, Mapping[int, SiteWeights]],
+    segments: Sequence[tuple],
+    in_features: int,
+    out_sizes: Sequence[int],
+) -> LoraCase:
+    """Random x and y; the last segment is one without tokens."""
+    num_tokens = sum(count for _, count, *_ in segments)
+    x_TI, y_TO = numbers(num_tokens, in_features), numbers(num_tokens, sum(out_sizes))
+    tile_pool = TilePool(adapters, x_TI.dtype)
     table_segments = [*segments, ("adapter0", 0)]
     return LoraCase(
-        x_TI=numbers(num_tokens, in_features),
-        y_TO=numbers(num_tokens, sum(out_sizes)),
-        pool=torch.cat([tile_pool.pool, torch.full((999,), float("nan"), dtype=dtype)]),
+        x_TI=x_TI,
+        y_TO=y_TO,
+        pool=torch.cat([tile_pool.pool, torch.full((1000,), float("nan"), dtype=x_TI.dtype)]),
         tiles=tile_pool.table(NUM_SITES, table_segments),
         out_bounds=(0, *itertools.accumulate(out_sizes)),
         segments=table_segments,
+        adapters=adapters,
     )
 
 

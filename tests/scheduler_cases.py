@@ -24,9 +24,9 @@ SHAPE = BaseShape(
 GEOMETRY = page_geometry(SHAPE, element_bytes=4)
 
 
-def make_info(name: str, rank: int = 8) -> AdapterInfo:
-    """An adapter of one rank on every linear; nothing is on disk."""
-    modules = tuple(ModuleInfo(site, rank, 1.0) for site in range(SHAPE.num_sites()))
+def make_info(name: str, rank: int = 8, num_sites: int = SHAPE.num_linears) -> AdapterInfo:
+    """An adapter of one rank on the first linears; nothing is on disk."""
+    modules = tuple(ModuleInfo(site, rank, 1.0) for site in range(num_sites))
     return AdapterInfo(
         name=name,
         path=Path("nowhere"),
@@ -38,7 +38,7 @@ def make_info(name: str, rank: int = 8) -> AdapterInfo:
 
 
 def make_sequence(
-    request_id: str, num_prompt: int, max_tokens: int, info: AdapterInfo | None = None
+    request_id: str, num_prompt: int, max_tokens: int, *infos: AdapterInfo
 ) -> Sequence:
     """A sequence whose prompt is recognisable; token 0 ends it."""
     base = sum(request_id.encode())
@@ -48,11 +48,11 @@ def make_sequence(
         request_id=request_id,
         prompt_token_ids=prompt,
         params=params,
-        adapter=info.name if info else None,
+        adapters=tuple((info.name, 0.5) for info in infos),
     )
     return Sequence(
         request=request,
-        adapter=info.key if info else None,
+        mix=tuple((info.key, 0.5) for info in infos),
         seed=0,
         max_tokens=max_tokens,
         end_token_ids=frozenset({0}),

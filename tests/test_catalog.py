@@ -11,6 +11,8 @@ from adapter_factory import CONFIG_FILE, SMALL_SHAPE, save_random_adapter
 from loraswarm.adapters.catalog import Catalog
 from loraswarm.errors import AdapterError, ConfigError, UnknownAdapter
 
+KASA = {"kasa_config": {"beta": 1e-4}}
+
 
 def catalog_of(*roots, model_name: str | None = None) -> Catalog:
     catalog = Catalog([str(root) for root in roots], SMALL_SHAPE, model_name)
@@ -48,19 +50,19 @@ def test_no_roots_and_empty_roots_serve_nothing(tmp_path):
 
 def test_a_bad_directory_is_refused_and_the_others_are_served(tmp_path):
     save_random_adapter(tmp_path / "good", SMALL_SHAPE)
-    save_random_adapter(tmp_path / "dora", SMALL_SHAPE, config_overrides={"use_dora": True})
+    save_random_adapter(tmp_path / "kasa", SMALL_SHAPE, config_overrides=KASA)
     (tmp_path / "empty").mkdir()
     catalog = catalog_of(tmp_path)
     assert list(catalog.served) == ["good"]
-    assert set(refusals(catalog)) == {"dora", "empty"}
-    assert "use_dora" in refusals(catalog)["dora"]
+    assert set(refusals(catalog)) == {"kasa", "empty"}
+    assert "kasa_config" in refusals(catalog)["kasa"]
     assert CONFIG_FILE in refusals(catalog)["empty"]
 
 
 def test_asking_for_a_refused_adapter_gives_the_reason(tmp_path):
-    save_random_adapter(tmp_path / "dora", SMALL_SHAPE, config_overrides={"use_dora": True})
-    with pytest.raises(AdapterError, match=r"'dora'.*use_dora") as caught:
-        catalog_of(tmp_path).resolve("dora")
+    save_random_adapter(tmp_path / "kasa", SMALL_SHAPE, config_overrides=KASA)
+    with pytest.raises(AdapterError, match=r"'kasa'.*kasa_config") as caught:
+        catalog_of(tmp_path).resolve("kasa")
     assert caught.value.http_status == 422
 
 

@@ -20,12 +20,13 @@ from adapter_factory import make_peft_adapter
 from batch_factory import BatchFactory
 from loraswarm.core.base_shape import TARGETS, module_path
 from loraswarm.kernels import Kernels, cpu, reference
+from loraswarm.kernels.overlay import Overlay, PagedRows
 from loraswarm.models import loader
 from loraswarm.models.batch import Batch
 from loraswarm.models.decoder import Decoder
 from loraswarm.models.families import decoder_config
 from loraswarm.models.layers.backend import Backend
-from loraswarm.models.layers.norm import RMSNorm
+from loraswarm.models.layers.norm import QKNorm, RMSNorm
 from loraswarm.models.layers.rope import RopeTable, rope_frequencies
 from loraswarm.models.loader import load_decoder
 from loraswarm.models.source import read_config
@@ -136,7 +137,36 @@ def test_norms_round_where_transformers_does(dtype):
     ours, theirs = RMSNorm(Backend(reference, dtype, CPU), "", 133, 1e-5), LlamaRMSNorm(133, 1e-5)
     ours.weight_D.copy_(torch.randn(133, generator=generator))
     theirs.weight.data = ours.weight_D
-    assert torch.equal(ours.forward(x_TD), theirs(x_TD))
+    assert torch.equal(ours.forward(x_TD, {}, x_TD.flatten()), theirs(x_TD))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_tokens_with_a_weight_of_their_own_keep_the_bits_of_that_norm(dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator).to(dtype)
+
+    backend = Backend(reference, dtype, CPU)
+    base, other = (QKNorm(backend, "p", 3, 133, 1e-5) for _ in range(2))
+    for norm in (base, other):
+        norm.q_weight_E.copy_(numbers(133))
+        norm.k_weight_E.copy_(numbers(133))
+    pool = torch.cat([numbers(7), other.q_weight_E, numbers(1), other.k_weight_E, numbers(3)])
+    rows = [PagedRows(torch.tensor([at]), (at,), 1, 1, 133) for at in (7, 141)]
+    overlays = {
+        "p.q_norm": (Overlay(5, 7, rows[0]), Overlay(1, 2, rows[0])),
+        "p.k_norm": (Overlay(0, 3, rows[1]),),
+        "other.q_norm": (Overlay(0, 7, rows[1]),),
+    }
+    qk_TNE = numbers(7, 5, 133)
+    actual_TNE = base.forward(qk_TNE, overlays, pool)
+    plain_TNE, changed_TNE = (norm.forward(qk_TNE, {}, pool) for norm in (base, other))
+    for heads, tokens in ((slice(0, 3), (1, 5, 6)), (slice(3, 5), (0, 1, 2))):
+        for token in range(7):
+            expected_TNE = changed_TNE if token in tokens else plain_TNE
+            assert torch.equal(actual_TNE[token, heads], expected_TNE[token, heads])
+    assert differs(plain_TNE, changed_TNE, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -270,10 +270,10 @@ def test_a_request_that_cannot_be_served_is_refused_and_the_next_one_works(
 
 def test_a_request_that_can_never_fit_the_pool_is_refused_with_both_numbers(swarm):
     engine = make_engine(swarm, pool_bytes=1 << 20)
-    capacity = engine._scheduler.max_sequence_tokens(None)
+    capacity = engine._scheduler.max_sequence_tokens([])
     small = make_engine(swarm, pool_bytes=engine.info.page_bytes * 40)
     wide = "a007"
-    room = small._scheduler.max_sequence_tokens(small._catalog.resolve(wide))
+    room = small._scheduler.max_sequence_tokens([small._catalog.resolve(wide)])
     assert room < capacity
     with pytest.raises(
         InvalidRequest, match=rf"the page pool holds {room:,} beside adapter 'a007'"
@@ -336,7 +336,7 @@ def test_a_loading_cut_short_leaves_the_adapter_loadable(tmp_path, monkeypatch):
     engine = make_engine(tmp_path)
     read = engine._runner._read_adapter
 
-    def interrupted(info, dtype):
+    def interrupted(info, base, dtype):
         raise KeyboardInterrupt
 
     engine._runner._read_adapter = interrupted
@@ -381,7 +381,7 @@ def test_end_tokens_outside_the_vocabulary_are_reported_and_do_no_harm(tmp_path)
 
 def test_a_prompt_that_fills_the_pool_can_be_scored(swarm, engine):
     small = make_engine(swarm, pool_bytes=7 * engine.info.page_bytes)
-    room = small._scheduler.max_sequence_tokens(None)
+    room = small._scheduler.max_sequence_tokens([])
     assert room == small.info.max_model_len
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
     (event,) = run(small, [make_request("x", None, prompt_of(0, room), params)])["x"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 
 from loraswarm.core.base_shape import TARGETS
 from loraswarm.errors import ConfigError
@@ -15,7 +17,7 @@ from loraswarm.models.config import DecoderConfig, Llama3Scaling
 from loraswarm.models.config_keys import ConfigKeys
 from loraswarm.models.families import FAMILIES, decoder_config
 from loraswarm.models.source import read_config
-from model_factory import VARIANTS, save_tiny_model
+from model_factory import VARIANTS, load_reference, save_tiny_model
 
 SIZES = {
     "vocab_size": 133,
@@ -156,6 +158,34 @@ def test_shape_gives_adapters_the_size_of_every_target():
     assert sizes["gate_proj"] == sizes["up_proj"] == (128, 70)
     assert sizes["down_proj"] == (70, 128)
     assert (shape.num_layers, shape.num_kv_heads, shape.head_size) == (3, 8, 10)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shape_names_every_module_an_adapter_can_change_as_transformers_does(variant, tmp_path):
+    path = save_tiny_model(tmp_path, variant)
+    shape = decoder_config(read_config(path)).shape()
+    model = load_reference(path, torch.float32)
+    weights = {
+        name: tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if hasattr(module, "weight")
+    }
+    norms = {name: sizes[0] for name, sizes in weights.items() if len(sizes) == 1}
+    assert shape.norm_sizes() == norms
+    paths = {shape.site_path(site): site for site in range(shape.head_site + 1)}
+    assert paths.keys() == weights.keys() - norms.keys()
+    for name, site in paths.items():
+        in_features, out_features = shape.site_sizes(site)
+        is_linear = site != shape.embedding_site
+        rows = (out_features, in_features) if is_linear else (in_features, out_features)
+        assert weights[name] == rows, name
+        has_bias = getattr(model.get_submodule(name), "bias", None) is not None
+        assert shape.has_bias(site) == has_bias, name
+    assert shape.ties_embeddings == (model.lm_head.weight is model.model.embed_tokens.weight)
+    bounds = shape.head_bounds()
+    assert (bounds[0], bounds[-1]) == (0, shape.vocab_size)
+    assert all(0 < high - low <= shape.widest() for low, high in pairwise(bounds))
+    assert len(bounds) == shape.num_sites() - shape.head_site + 1
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

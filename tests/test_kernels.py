@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 
 import pytest
@@ -121,19 +120,7 @@ def test_a_token_does_not_depend_on_its_batch(dtype):
     case = make_lora_case(dtype, MIXED)
     together = case.expanded(cpu, case.shrink(cpu))
     for token in (0, 8, 14, 53):
-        name = "adapter0" if token < 9 else "adapter3"
-        segment = 0 if token < 9 else 3
-        alone = dataclasses.replace(
-            case,
-            x_TI=case.x_TI[token : token + 1],
-            y_TO=case.y_TO[token : token + 1],
-            tiles=dataclasses.replace(
-                case.tiles,
-                segments=torch.tensor([0, 1], dtype=torch.int32),
-                ranges=case.tiles.ranges[:, segment : segment + 1].contiguous(),
-            ),
-            segments=[(name, 1)],
-        )
+        alone = case.alone(token)
         assert torch.equal(alone.expanded(cpu, alone.shrink(cpu))[0], together[token])
 
 

@@ -11,6 +11,7 @@ from kernel_cases import (
     BACKENDS,
     FIRST_SITE,
     make_attention_case,
+    make_general_case,
     make_lora_case,
     use_all_threads,
 )
@@ -63,6 +64,7 @@ def test_wrong_arguments_of_shrink_are_named(backend, name, change, message):
         ("first_site", lambda site: 2, "sites"),
         ("pool", lambda pool: pool[None], "pool"),
         ("tiles", replaced("segments")(lambda segments: segments[:-1]), "tiles"),
+        ("tiles", replaced("gain_offset")(lambda offset: offset[:, :-1]), "gain_offset"),
     ],
 )
 def test_wrong_arguments_of_expand_are_named(backend, name, change, message):
@@ -87,16 +89,63 @@ def test_wrong_arguments_of_expand_are_named(backend, name, change, message):
         ("ranges", lambda ranges: ranges - 1, "ranges"),
         ("segments", lambda segments: segments + 1, "segments"),
         ("segments", lambda segments: segments[[0, 2, 1, 3, 4]], "ascend"),
+        ("bt_stride", lambda stride: stride * 0 + 12, "bt_stride"),
+        ("bt_stride", lambda stride: stride - 10**6, "bt_stride"),
+        ("bt_stride", lambda stride: stride + 10**6, "bt_offset"),
+        ("bt_stride", lambda stride: stride[:-1], "bt_stride"),
+        ("ranks", lambda ranks: ranks[:-1], "ranks"),
+        ("scale", lambda scale: scale[:-1], "scale"),
+        ("u_offset", lambda offset: offset[:-1], "u_offset"),
+        ("u_offset", lambda offset: offset + 10**6, "u_offset"),
+        ("u_offset", lambda offset: offset * 0 - 2, "u_offset"),
+        ("v_offset", lambda offset: offset[:-1], "v_offset"),
+        ("v_offset", lambda offset: offset + 10**6, "v_offset"),
+        ("v_offset", lambda offset: offset * 0 - 2, "v_offset"),
+        ("gain_offset", lambda offset: offset + 10**6, "gain_offset"),
+        ("gain_offset", lambda offset: offset * 0 - 2, "gain_offset"),
     ],
 )
 def test_a_table_that_leads_outside_of_its_tensors_is_refused(field, change, message):
-    case = make_lora_case(torch.bfloat16, SEGMENTS)
+    case = make_general_case(torch.bfloat16, SEGMENTS)
     h_QTR = case.shrink(cpu)
     case.tiles = replaced(field)(change)(case.tiles)
     before = case.y_TO.clone()
     with pytest.raises(ValueError, match=message):
         cpu.lora_expand_(case.y_TO, h_QTR, case.pool, case.tiles, FIRST_SITE, case.out_bounds)
     assert torch.equal(case.y_TO, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("field", "size"), [("u_offset", 16), ("v_offset", 162), ("gain_offset", 162)]
+)
+def test_a_vector_may_end_where_the_pool_ends_and_no_later(field, size, dtype):
+    case = make_general_case(dtype, [("adapter0", 3)], out_sizes=(162,))
+    num_floats = case.pool.view(torch.float32).numel()
+    h_QTR = case.shrink(cpu)
+    offset = torch.full_like(getattr(case.tiles, field), num_floats - size)
+    case.tiles = dataclasses.replace(case.tiles, **{field: offset})
+    case.expanded(cpu, h_QTR)
+    case.tiles = dataclasses.replace(case.tiles, **{field: offset + 1})
+    with pytest.raises(ValueError, match=field):
+        case.expanded(cpu, h_QTR)
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("a_offset", lambda offset: offset + 10**6, "a_offset"),
+        ("a_offset", lambda offset: offset - 10**6, "a_offset"),
+        ("a_stride", lambda stride: stride * 0 + 36, "a_stride"),
+        ("a_stride", lambda stride: stride + 10**6, "a_offset"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_a_outside_of_the_pool_are_refused(backend, field, change, message):
+    case = make_general_case(torch.bfloat16, SEGMENTS)
+    case.tiles = replaced(field)(change)(case.tiles)
+    with pytest.raises(ValueError, match=message):
+        case.shrink(backend)
 
 
 def test_h_with_fewer_columns_than_the_tiles_is_refused():

@@ -1,39 +1,18 @@
-"""Page pool, tile layout, K/V and adapter caches: who owns which page."""
+"""Page pool, K/V and adapter caches: who owns which page."""
 
 from __future__ import annotations
 
-import itertools
+import copy
 import random
 
 import pytest
-import torch
 
-from loraswarm.adapters.adapter import Adapter, ModuleWeights
-from loraswarm.core.base_shape import TARGETS, BaseShape
 from loraswarm.errors import OutOfPages
 from loraswarm.memory.geometry import page_geometry
 from loraswarm.memory.memory import Memory
-from loraswarm.memory.page_buffer import PageBuffer
 from loraswarm.memory.page_pool import Owner, PagePool
-from loraswarm.memory.tile_layout import tile_layout
-from loraswarm.memory.tile_store import TileStore
+from memory_cases import QWEN_SHAPE, describe, kinds, lora, vera
 from scheduler_cases import GEOMETRY, SHAPE, make_info
-
-QWEN_SHAPE = BaseShape(
-    num_layers=24,
-    num_kv_heads=2,
-    head_size=64,
-    vocab_size=151_936,
-    target_sizes=(
-        (896, 896),
-        (896, 128),
-        (896, 128),
-        (896, 896),
-        (896, 4864),
-        (896, 4864),
-        (4864, 896),
-    ),
-)
 
 
 def test_allocate_is_all_or_nothing():
@@ -68,7 +47,8 @@ def test_check_finds_a_doubled_page():
 def test_pool_is_conserved_under_ten_thousand_random_operations():
     rng = random.Random(0)
     memory = Memory.of_pages(64, SHAPE, GEOMETRY)
-    infos = [make_info(f"a{i}", rank=rng.choice([1, 4, 16, 33])) for i in range(12)]
+    infos = [make_info(f"a{i}", rank=rng.choice([1, 4, 16, 33])) for i in range(8)]
+    infos += kinds(SHAPE).values()
     pins: list = []
     lengths: dict[str, int] = {}
     refused = 0
@@ -89,7 +69,10 @@ def test_pool_is_conserved_under_ten_thousand_random_operations():
                 memory.adapters.pin(info)
                 pins.append(info.key)
             elif choice in (3, 4) and pins:
-                memory.adapters.unpin(pins.pop(rng.randrange(len(pins))))
+                key = pins.pop(rng.randrange(len(pins)))
+                memory.adapters.unpin(key)
+                if key not in pins and rng.random() < 0.2:
+                    memory.adapters.discard(key)
             else:
                 before = set(pins)
                 evicted = memory.adapters.evict_idle(rng.randrange(64))
@@ -112,35 +95,6 @@ def test_a_page_holds_a_full_tile_of_the_widest_target(shape, element_bytes):
     assert geometry.page_tokens >= 16
     half = geometry.page_tokens // 2 * shape.kv_elements_per_token()
     assert geometry.page_tokens == 16 or half < 16 * shape.widest()
-
-
-@pytest.mark.parametrize("rank", [1, 5, 8, 16, 17, 40, 64])
-def test_layout_covers_every_rank_once_without_overlap(rank):
-    geometry = page_geometry(QWEN_SHAPE, 2)
-    sites = tuple((site, rank) for site in range(QWEN_SHAPE.num_sites()))
-    layout = tile_layout(sites, QWEN_SHAPE, geometry)
-    taken: dict[int, list[tuple[int, int]]] = {}
-    ranks: dict[int, list[int]] = {}
-    for tile in layout.tiles:
-        ranks.setdefault(tile.site, []).extend(
-            range(tile.first_rank, tile.first_rank + tile.num_ranks)
-        )
-        in_size, out_size = QWEN_SHAPE.target_sizes[tile.site % len(TARGETS)]
-        for page, begin, size in (
-            (tile.a_page, tile.a_element, tile.num_ranks * in_size),
-            (tile.bt_page, tile.bt_element, tile.num_ranks * out_size),
-        ):
-            taken.setdefault(page, []).append((begin, begin + size))
-            assert begin % geometry.alignment_elements == 0
-    assert ranks == {site: list(range(rank)) for site, _ in sites}
-    for blocks in taken.values():
-        blocks.sort()
-        assert blocks[-1][1] <= geometry.page_elements
-        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(blocks))
-    assert set(taken) == set(range(layout.num_pages))
-    if rank == 64:
-        used = sum(end - begin for blocks in taken.values() for begin, end in blocks)
-        assert used / (layout.num_pages * geometry.page_elements) > 0.85
 
 
 def test_least_recently_used_idle_adapter_leaves_first_and_pinned_ones_stay():
@@ -168,43 +122,139 @@ def test_a_failing_pin_changes_nothing():
     assert not memory.adapters.is_resident(info.key)
 
 
-def random_adapter(info):
-    modules = []
-    for module in info.modules:
-        in_size, out_size = SHAPE.target_sizes[module.target]
-        a_RI, bt_RO = torch.randn(module.rank, in_size), torch.randn(module.rank, out_size)
-        modules.append(ModuleWeights(module, a_RI, bt_RO))
-    return Adapter(info, tuple(modules))
+def test_a_failing_pin_of_any_kind_changes_nothing():
+    refused = 0
+    for info in kinds(SHAPE).values():
+        most = Memory.of_pages(1, SHAPE, GEOMETRY).adapters.num_pages(info)
+        for num_pages in range(1, most):
+            memory = Memory.of_pages(num_pages + 1, SHAPE, GEOMETRY)
+            memory.kv_cache.reserve("s", 1)
+            before = copy.deepcopy(memory)
+            try:
+                memory.adapters.pin(info)
+            except OutOfPages:
+                refused += 1
+                assert state_of(memory) == state_of(before)
+                assert not memory.adapters.is_resident(info.key)
+            memory.pool.check()
+            memory.adapters.check()
+    assert refused > 100
 
 
-def test_tile_table_points_at_each_adapters_own_weights():
-    torch.manual_seed(0)
-    memory = Memory.of_pages(64, SHAPE, GEOMETRY)
-    buffer = PageBuffer(64, SHAPE, GEOMETRY, torch.float32, torch.device("cpu"))
-    store = TileStore(buffer, SHAPE)
-    infos = [make_info("a", rank=5), make_info("b", rank=40)]
-    adapters = [random_adapter(info) for info in infos]
-    for info, adapter in zip(infos, adapters, strict=True):
-        store.load(memory.adapters.pin(info), adapter)
-    table = store.table([(None, 3), (infos[1].key, 7), (infos[0].key, 1)])
-    assert table.segments.tolist() == [0, 3, 10, 11]
-    for site in range(SHAPE.num_sites()):
-        assert table.ranges[site, 0, 0] == table.ranges[site, 0, 1], "base rows run no tile"
-        assert table.max_tiles[site] == 3
-        for segment, adapter in ((1, adapters[1]), (2, adapters[0])):
-            first, last = table.ranges[site, segment].tolist()
-            module = adapter.modules[site]
-            in_size, out_size = SHAPE.target_sizes[module.info.target]
-            a_rows, bt_rows = [], []
-            for tile in range(first, last):
-                ranks = int(table.ranks[tile])
-                a, bt = int(table.a_offset[tile]), int(table.bt_offset[tile])
-                a_rows.append(buffer.pool[a : a + ranks * in_size].view(ranks, in_size))
-                bt_rows.append(buffer.pool[bt : bt + ranks * out_size].view(ranks, out_size))
-            assert torch.equal(torch.cat(a_rows), module.a_RI)
-            assert torch.equal(torch.cat(bt_rows), module.bt_RO)
+def test_num_idle_pages_is_what_evicting_all_idle_adapters_frees_and_load_pages_are_a_bound():
+    rng = random.Random(1)
+    memory = Memory.of_pages(400, SHAPE, GEOMETRY)
+    infos = list(kinds(SHAPE).values())
+    pins: list = []
+    shared_stays = shelves_stay = 0
+    for operation in range(600):
+        choice = rng.randrange(5)
+        if choice < 2:
+            info = rng.choice(infos)
+            if not memory.adapters.is_resident(info.key):
+                check_load_pages(memory, info)
+            try:
+                memory.adapters.pin(info)
+                pins.append(info.key)
+            except OutOfPages:
+                pass
+        elif choice < 4 and pins:
+            memory.adapters.unpin(pins.pop(rng.randrange(len(pins))))
+        elif operation % 4 == 0:
+            memory.adapters.evict_idle(memory.pool.num_free + rng.randrange(40))
+        idle_pages = memory.adapters.num_idle_pages()
+        evicted_all = copy.deepcopy(memory)
+        evicted = evicted_all.adapters.evict_idle(10_000)
+        assert evicted_all.pool.num_free == memory.pool.num_free + idle_pages
+        evicted_all.adapters.check()
+        alone = sum(memory.adapters.num_pages(info) for info in infos if info.key in evicted)
+        shared_stays += bool(evicted) and idle_pages < alone
+        shelves_stay += bool(evicted) and idle_pages == 0
+    assert shared_stays > 50
+    assert shelves_stay > 10
 
 
-def test_a_batch_of_base_rows_has_no_tile_table():
-    buffer = PageBuffer(2, SHAPE, GEOMETRY, torch.float32, torch.device("cpu"))
-    assert TileStore(buffer, SHAPE).table([(None, 3)]) is None
+def check_load_pages(memory, info):
+    """A pin takes at most `num_load_pages`, now and after everything idle has left."""
+    for num_free in (0, 10_000):
+        trial = copy.deepcopy(memory)
+        trial.adapters.evict_idle(num_free)
+        most = trial.adapters.num_load_pages(info)
+        assert most <= memory.adapters.num_load_pages(info) <= memory.adapters.num_pages(info)
+        before = trial.pool.num_free
+        if before >= most:
+            trial.adapters.pin(info)
+            assert before - trial.pool.num_free <= most
+
+
+def state_of(memory):
+    """Everything that a pin could change, comparable."""
+    adapters = vars(memory.adapters).copy()
+    pages = vars(adapters.pop("_pages")).copy()
+    shelves = vars(pages.pop("_shelves"))
+    pool = vars(pages.pop("_pool"))
+    for fixed in ("_pool", "_shape", "_geometry"):
+        del adapters[fixed]
+    return adapters, pages, shelves, pool
+
+
+def test_a_shared_matrix_is_kept_once_and_leaves_with_its_last_user():
+    memory = Memory.of_pages(200, SHAPE, GEOMETRY)
+    infos = [vera(name, SHAPE, 24) for name in "abc"]
+    loads = [memory.adapters.pin(info) for info in infos]
+    first, second, third = (load.shared for load in loads)
+    assert len(first) == 2
+    assert first == second == third, "one place each, the same object for all"
+    with_all = memory.pool.num_owned("adapter")
+    memory.adapters.unpin(infos[0].key)
+    memory.adapters.unpin(infos[1].key)
+    assert len(memory.adapters.evict_idle(10_000)) == 2
+    other = memory.adapters.pin(vera("d", SHAPE, 24)).shared
+    assert other == first, "the third adapter still uses it"
+    for key in (infos[2].key, ("d", "0")):
+        memory.adapters.unpin(key)
+    assert memory.adapters.num_idle_pages() == memory.pool.num_owned("adapter")
+    memory.adapters.evict_idle(10_000)
+    assert memory.pool.num_owned("adapter") == 0
+    again = memory.adapters.pin(infos[0]).shared
+    assert again[0] is not first[0], "a new place, to be written anew"
+    assert memory.pool.num_owned("adapter") < with_all
+
+
+def test_matrices_of_one_digest_but_other_sizes_are_kept_apart():
+    memory = Memory.of_pages(200, SHAPE, GEOMETRY)
+    large, small = (memory.adapters.pin(vera(f"r{rank}", SHAPE, rank)) for rank in (24, 7))
+    assert large.shared[0].matrix.digest == small.shared[0].matrix.digest
+    assert [place.matrix.num_rows for place in (*large.shared, *small.shared)] == [24, 24, 7, 7]
+    memory.adapters.check()
+
+
+def test_shared_matrices_of_a_pinned_adapter_do_not_count_as_idle():
+    memory = Memory.of_pages(200, SHAPE, GEOMETRY)
+    pinned = vera("pinned", SHAPE, 24)
+    idle = describe("idle", [*pinned.modules[:3], *lora("", SHAPE, 40).modules[3:]])
+    memory.adapters.pin(pinned)
+    before = memory.pool.num_free
+    memory.adapters.pin(idle)
+    taken = before - memory.pool.num_free
+    memory.adapters.unpin(idle.key)
+    assert memory.adapters.num_idle_pages() == taken > 0
+    memory.adapters.evict_idle(10_000)
+    assert memory.pool.num_free == before
+    memory.adapters.check()
+
+
+def test_a_discarded_adapter_gives_back_its_pages_and_what_only_it_shared():
+    memory = Memory.of_pages(200, SHAPE, GEOMETRY)
+    failed, other = vera("failed", SHAPE, 24), vera("other", SHAPE, 24)
+    memory.adapters.pin(failed)
+    memory.adapters.unpin(failed.key)
+    memory.adapters.discard(failed.key)
+    assert memory.pool.num_free == 200
+    place = memory.adapters.pin(failed).shared
+    assert memory.adapters.pin(other).shared == place
+    memory.adapters.unpin(failed.key)
+    memory.adapters.discard(failed.key)
+    memory.adapters.check()
+    assert not memory.adapters.is_resident(failed.key)
+    assert memory.adapters.pin(vera("third", SHAPE, 24)).shared == place

@@ -22,12 +22,12 @@ from adapter_factory import (
     tiny_llama,
     write_adapter,
 )
-from loraswarm.adapters import peft_weights
-from loraswarm.adapters.adapter import Adapter
-from loraswarm.adapters.peft import read_adapter, read_adapter_info
-from loraswarm.adapters.peft_weights import read_modules
+from general_form import ModelBase
+from loraswarm.adapters.adapter import Adapter, AdapterInfo
+from loraswarm.adapters.peft_directory import PeftDirectory
+from loraswarm.adapters.reading import read_adapter, read_adapter_info
 from loraswarm.adapters.safetensors_header import read_header
-from loraswarm.core.base_shape import TARGETS, module_path
+from loraswarm.core.base_shape import TARGETS, BaseShape, module_path
 from loraswarm.errors import AdapterError
 from tolerance import assert_close
 
@@ -116,6 +116,22 @@ def model():
     return tiny_llama()
 
 
+class WeightlessBase:
+    """The sizes of SMALL_SHAPE; plain LoRA asks for no weights."""
+
+    shape: BaseShape = SMALL_SHAPE
+
+    def weight(self, path: str) -> torch.Tensor:
+        raise AssertionError(f"{path} was asked for")
+
+    def bias(self, path: str) -> torch.Tensor | None:
+        raise AssertionError(f"{path} was asked for")
+
+
+def read_small(info: AdapterInfo, dtype: torch.dtype) -> Adapter:
+    return read_adapter(info, WeightlessBase(), dtype)
+
+
 def delta_weights(adapter: Adapter) -> dict[str, torch.Tensor]:
     """scale * B A of each module, by path."""
     return {
@@ -142,7 +158,7 @@ def test_modules_ranks_scales_and_weights_are_those_of_peft(model, tmp_path, lor
     assert {path: module.scale for path, module in ours.items()} == {
         path: layer.scaling["default"] for path, layer in layers.items()
     }
-    deltas = delta_weights(read_adapter(info, torch.float32))
+    deltas = delta_weights(read_adapter(info, ModelBase(model), torch.float32))
     for path, layer in layers.items():
         expected = layer.get_delta_weight("default")
         assert bool(expected.any()) == (lora_config.get("lora_alpha") != 0)
@@ -194,8 +210,8 @@ def test_adapters_of_one_recipe_share_their_module_list(tmp_path):
 def test_weights_are_cast_and_b_is_transposed(tmp_path, stored, dtype):
     save_random_adapter(tmp_path, SMALL_SHAPE, rank=3, dtype=stored, seed=5)
     tensors = random_tensors(SMALL_SHAPE, dict.fromkeys(TARGETS, 3), range(2), seed=5)
-    adapter = read_adapter(read_adapter_info(tmp_path, "a", SMALL_SHAPE), dtype)
-    assert len(adapter.modules) == SMALL_SHAPE.num_sites()
+    adapter = read_small(read_adapter_info(tmp_path, "a", SMALL_SHAPE), dtype)
+    assert len(adapter.modules) == SMALL_SHAPE.num_linears
     for module in adapter.modules:
         path = PREFIX + module_path(module.info.layer, module.info.target)
         a_RI = tensors[f"{path}.lora_A.weight"].to(stored).to(dtype)
@@ -212,7 +228,7 @@ def test_a_file_may_mix_dtypes(tmp_path):
     tensors = random_tensors(SMALL_SHAPE, dict.fromkeys(TARGETS, 3), range(2))
     dtypes = {"lora_A": torch.bfloat16, "lora_B": torch.float32}
     _replace_tensors(tmp_path, {n: t.to(dtypes[n.split(".")[-2]]) for n, t in tensors.items()})
-    adapter = read_adapter(read_adapter_info(tmp_path, "a", SMALL_SHAPE), torch.float32)
+    adapter = read_small(read_adapter_info(tmp_path, "a", SMALL_SHAPE), torch.float32)
     for module in adapter.modules:
         path = PREFIX + module_path(module.info.layer, module.info.target)
         assert torch.equal(module.a_RI, tensors[f"{path}.lora_A.weight"].bfloat16().float())
@@ -226,15 +242,15 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path, value, side, s
     name = f"{PREFIX}model.layers.1.mlp.gate_proj.{side}.weight"
     info = _adapter_with_value(tmp_path, name, value, stored)
     with pytest.raises(AdapterError, match=rf"'a'.*{re.escape(name)}.*NaN or infinite"):
-        read_adapter(info, torch.float32)
+        read_small(info, torch.float32)
 
 
 def test_a_weight_too_large_for_the_base_dtype_is_refused_by_name(tmp_path):
     name = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_B.weight"
     info = _adapter_with_value(tmp_path, name, 70000.0, torch.float32)
     with pytest.raises(AdapterError, match=rf"{re.escape(name)}.*70000.*float16.*65504"):
-        read_adapter(info, torch.float16)
-    assert read_adapter(info, torch.bfloat16).modules[0].bt_RO.max() > 65504
+        read_small(info, torch.float16)
+    assert read_small(info, torch.bfloat16).modules[0].bt_RO.max() > 65504
 
 
 def _adapter_with_value(path: Path, name: str, value: float, dtype: torch.dtype):
@@ -272,7 +288,7 @@ def test_digest_changes_with_config_tensors_and_time_and_only_then(tmp_path):
 def test_files_changed_since_the_scan_are_not_read(tmp_path, change):
     save_random_adapter(tmp_path, SMALL_SHAPE, rank=3)
     info = read_adapter_info(tmp_path, "a", SMALL_SHAPE)
-    read_adapter(info, torch.float32)
+    read_small(info, torch.float32)
     config, weights = tmp_path / "adapter_config.json", tmp_path / WEIGHTS_FILE
     if change == "config":
         config.write_text(config.read_text().replace("16", "32"))
@@ -283,7 +299,7 @@ def test_files_changed_since_the_scan_are_not_read(tmp_path, change):
     else:
         weights.unlink()
     with pytest.raises(AdapterError, match=r"'a'.*(changed|missing)"):
-        read_adapter(info, torch.float32)
+        read_small(info, torch.float32)
 
 
 @pytest.mark.parametrize(("change", "says"), [("touch", "changed"), ("cut", "cut short while")])
@@ -291,22 +307,24 @@ def test_files_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch
     save_random_adapter(tmp_path, SMALL_SHAPE, rank=3)
     info = read_adapter_info(tmp_path, "a", SMALL_SHAPE)
 
-    def change_then_read(*arguments):
+    read_tensor = PeftDirectory.read
+
+    def change_then_read(source, name):
         if change == "touch":
             os.utime(tmp_path / WEIGHTS_FILE, ns=(1, 1))
         else:
             os.truncate(tmp_path / WEIGHTS_FILE, info.num_bytes - 1)
-        return read_modules(*arguments)
+        return read_tensor(source, name)
 
-    monkeypatch.setattr(peft_weights, "read_modules", change_then_read)
+    monkeypatch.setattr(PeftDirectory, "read", change_then_read)
     with pytest.raises(AdapterError, match=f"'a'.*{says}"):
-        read_adapter(info, torch.float32)
+        read_small(info, torch.float32)
 
 
 def test_weights_survive_overwriting_the_file(tmp_path):
     save_random_adapter(tmp_path, SMALL_SHAPE, rank=3)
     info = read_adapter_info(tmp_path, "a", SMALL_SHAPE)
-    adapter = read_adapter(info, torch.float32)
+    adapter = read_small(info, torch.float32)
     before = [module.a_RI.clone() for module in adapter.modules]
     with (tmp_path / WEIGHTS_FILE).open("r+b") as file:
         file.write(bytes(info.num_bytes))

@@ -25,7 +25,7 @@ def make(prompt=(1, 2, 3), output=(), seed=0, ends=(), **params):
     request = Request(
         request_id="r", prompt_token_ids=prompt, params=SamplingParams(max_tokens=99, **params)
     )
-    sequence = Sequence(request, None, seed, 99, frozenset(ends))
+    sequence = Sequence(request, (), seed, 99, frozenset(ends))
     sequence.token_ids += output
     return sequence
 

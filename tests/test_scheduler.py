@@ -40,10 +40,10 @@ def run(scheduler, sequences, max_steps=10_000):
 
 def test_long_prompt_is_computed_in_chunks_beside_decodes():
     scheduler, _ = make_scheduler(num_pages=64, max_step_tokens=8)
-    scheduler.add(make_sequence("short", 3, 20), None)
+    scheduler.add(make_sequence("short", 3, 20), [])
     step = scheduler.plan()
     scheduler.commit(step, results_of(step))
-    scheduler.add(make_sequence("long", 20, 2), None)
+    scheduler.add(make_sequence("long", 20, 2), [])
     sizes = []
     for _ in range(4):
         step = scheduler.plan()
@@ -56,7 +56,7 @@ def test_long_prompt_is_computed_in_chunks_beside_decodes():
 def test_oldest_is_admitted_first_and_seats_are_limited():
     scheduler, _ = make_scheduler(num_pages=64, max_num_sequences=2)
     for name in ("a", "b", "c"):
-        scheduler.add(make_sequence(name, 2, 3), None)
+        scheduler.add(make_sequence(name, 2, 3), [])
     step = scheduler.plan()
     assert [chunk.sequence.request_id for chunk in step.chunks] == ["a", "b"]
     assert scheduler.num_waiting == 1
@@ -66,7 +66,7 @@ def test_when_pages_run_out_the_youngest_is_preempted_and_answers_stay_the_same(
     scheduler, memory = make_scheduler(num_pages=6)
     sequences = [make_sequence(f"s{i}", PAGE - 2 + i, 3 * PAGE) for i in range(4)]
     for sequence in sequences:
-        scheduler.add(sequence, None)
+        scheduler.add(sequence, [])
     tokens, ends = run(scheduler, sequences)
     assert scheduler.num_preemptions > 0
     assert set(ends.values()) == {"length"}
@@ -80,11 +80,11 @@ def test_an_idle_adapter_makes_room_for_k_v_and_for_other_adapters():
     pages = make_scheduler(99)[1].adapters.num_pages(info_a)
     scheduler, memory = make_scheduler(num_pages=pages + 3)
     first = make_sequence("first", 4, 2, info_a)
-    scheduler.add(first, info_a)
+    scheduler.add(first, [info_a])
     run(scheduler, [first])
     assert memory.adapters.is_resident(info_a.key)
     second = make_sequence("second", 4, 2, info_b)
-    scheduler.add(second, info_b)
+    scheduler.add(second, [info_b])
     step = scheduler.plan()
     assert step.evicted == (info_a.key,)
     assert [load.info.name for load in step.loads] == ["b"]
@@ -92,17 +92,33 @@ def test_an_idle_adapter_makes_room_for_k_v_and_for_other_adapters():
     run(scheduler, [second])
 
 
+def test_a_small_adapter_evicts_no_more_than_leave_it_a_gap():
+    tiny = [make_info(f"a{i}", rank=1, num_sites=2) for i in range(40)]
+    scheduler, memory = make_scheduler(num_pages=5, max_num_sequences=1)
+    names = []
+    for info in tiny:
+        sequence = make_sequence(info.name, 2 * PAGE, 1, info)
+        scheduler.add(sequence, [info])
+        step = scheduler.plan()
+        names.append([key[0] for key in step.evicted])
+        scheduler.commit(step, results_of(step))
+    assert memory.pool.num_owned("adapter") == 2
+    evicting = [evicted for evicted in names if evicted]
+    assert 0 < len(evicting) < len(tiny)
+    assert all(len(evicted) == 1 for evicted in evicting)
+
+
 def test_admission_that_cannot_succeed_evicts_nothing():
     idle, wanted = make_info("idle"), make_info("wanted", rank=64)
     scheduler, memory = make_scheduler(num_pages=40)
     done = make_sequence("done", 2, 1, idle)
-    scheduler.add(done, idle)
+    scheduler.add(done, [idle])
     run(scheduler, [done])
     running = make_sequence("running", 20 * PAGE, 5)
-    scheduler.add(running, None)
+    scheduler.add(running, [])
     step = scheduler.plan()
     scheduler.commit(step, results_of(step))
-    scheduler.add(make_sequence("blocked", 2, 1, wanted), wanted)
+    scheduler.add(make_sequence("blocked", 2, 1, wanted), [wanted])
     step = scheduler.plan()
     assert scheduler.num_waiting == 1
     assert not step.evicted
@@ -113,7 +129,7 @@ def test_sequences_of_one_adapter_load_it_once():
     info = make_info("a")
     scheduler, memory = make_scheduler(num_pages=64)
     for name in ("x", "y"):
-        scheduler.add(make_sequence(name, 3, 2, info), info)
+        scheduler.add(make_sequence(name, 3, 2, info), [info])
     step = scheduler.plan()
     assert len(step.loads) == 1
     assert memory.adapters.num_pinned == 1
@@ -122,8 +138,8 @@ def test_sequences_of_one_adapter_load_it_once():
 def test_a_failed_load_ends_its_own_requests_only_and_gives_back_pages():
     good, bad = make_info("good"), make_info("bad")
     scheduler, memory = make_scheduler(num_pages=64)
-    scheduler.add(make_sequence("g", 3, 2, good), good)
-    scheduler.add(make_sequence("b", 3, 2, bad), bad)
+    scheduler.add(make_sequence("g", 3, 2, good), [good])
+    scheduler.add(make_sequence("b", 3, 2, bad), [bad])
     step = scheduler.plan()
     step, events = scheduler.fail_adapters(
         step, {bad.key: ErrorInfo("broken", "adapter_error", 422)}
@@ -140,7 +156,7 @@ def test_a_failed_load_ends_its_own_requests_only_and_gives_back_pages():
 def test_a_row_that_is_not_finite_ends_alone():
     scheduler, _memory = make_scheduler(num_pages=64)
     for name in ("a", "b"):
-        scheduler.add(make_sequence(name, 3, 2), None)
+        scheduler.add(make_sequence(name, 3, 2), [])
     step = scheduler.plan()
     error = ErrorInfo("not finite", "engine_error", 500)
     events = scheduler.commit(step, [ChunkResult(error=error), ChunkResult(5)])
@@ -153,7 +169,7 @@ def test_abort_at_any_time_frees_everything(steps_before):
     info = make_info("a")
     scheduler, memory = make_scheduler(num_pages=64, max_step_tokens=8)
     sequence = make_sequence("x", 18, 9, info)
-    scheduler.add(sequence, info)
+    scheduler.add(sequence, [info])
     for _ in range(steps_before):
         step = scheduler.plan()
         scheduler.commit(step, results_of(step))
@@ -168,7 +184,7 @@ def test_abort_at_any_time_frees_everything(steps_before):
 def test_end_token_stops_only_after_min_tokens():
     scheduler, _ = make_scheduler(num_pages=64)
     sequence = make_sequence("x", 3, 9)
-    scheduler.add(sequence, None)
+    scheduler.add(sequence, [])
     step = scheduler.plan()
     (event,) = scheduler.commit(step, [ChunkResult(0)])
     assert event.finish_reason == "stop"
@@ -177,17 +193,17 @@ def test_end_token_stops_only_after_min_tokens():
 
 def test_random_traffic_loses_nothing_and_leaks_nothing():
     rng = random.Random(1)
-    infos = [None, *(make_info(f"a{i}", rank=rng.choice([2, 8, 24])) for i in range(6))]
+    infos = [make_info(f"a{i}", rank=rng.choice([2, 8, 24])) for i in range(6)]
     scheduler, memory = make_scheduler(num_pages=24, max_step_tokens=16)
     sequences, ends, tokens = {}, {}, {}
     for operation in range(4000):
         if rng.random() < 0.15 and len(sequences) < 300:
-            info = rng.choice(infos)
+            chosen = rng.sample(infos, rng.choice([0, 1, 1, 2, 3]))
             name = f"r{operation}"
-            sequence = make_sequence(name, rng.randrange(1, 50), rng.randrange(1, 30), info)
-            longest = scheduler.max_sequence_tokens(info)
+            sequence = make_sequence(name, rng.randrange(1, 50), rng.randrange(1, 30), *chosen)
+            longest = scheduler.max_sequence_tokens(chosen)
             if sequence.num_prompt + sequence.max_tokens <= longest:
-                scheduler.add(sequence, info)
+                scheduler.add(sequence, chosen)
                 sequences[name] = sequence
         if sequences and rng.random() < 0.01:
             event = scheduler.abort(rng.choice(sorted(sequences)))

@@ -26,6 +26,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+adapters_app = typer.Typer(
+    help="Check adapters before they are served, or convert them.", rich_markup_mode=None
+)
+app.add_typer(adapters_app, name="adapters")
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face directory, or a hub id.")]
 Adapters = Annotated[
@@ -163,6 +167,62 @@ def demo(
     from loraswarm.commands.demo import demo as run
 
     raise typer.Exit(run(server, serve, dtype, num_threads))
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Annotated[str, typer.Argument(help="An adapter's directory, or a .nemo file.")],
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="A directory for the result, new or empty.")
+    ],
+    dtype: Annotated[
+        str, typer.Option(help="auto (each weight's own), bfloat16, float16 or float32.")
+    ] = "auto",
+) -> None:
+    """Write MODEL with ADAPTER in its weights, as a checkpoint that transformers loads."""
+    from loraswarm.commands.merge import merge as run
+
+    run(model, adapter, out, dtype)
+
+
+@adapters_app.command("check")
+def check_adapters(
+    paths: Annotated[
+        list[str],
+        typer.Argument(help="Adapters, directories of adapters or .nemo files.", metavar="PATH"),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="The base: a directory or a hub id [default: what the adapter names]"),
+    ] = None,
+    dtype: Dtype = "auto",
+    headers_only: Annotated[
+        bool, typer.Option("--headers-only", help="Do not read the weights: faster.")
+    ] = False,
+    is_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
+) -> None:
+    """Say what adapters are, what they take, and which would be refused, and why.
+
+    Exit code 1 if any is refused.
+    """
+    from loraswarm.commands.adapters import CheckOptions, check
+
+    options = CheckOptions(model=model, dtype=dtype, reads_weights=not headers_only)
+    raise typer.Exit(check(paths, options, is_json))
+
+
+@adapters_app.command("convert")
+def convert_adapter(
+    source: Annotated[str, typer.Argument(help="An adapter's directory, or a .nemo file.")],
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="A directory for the result, new or empty.")
+    ],
+) -> None:
+    """Write an adapter as PEFT does: adapter_config.json and adapter_model.safetensors."""
+    from loraswarm.commands.adapters import convert
+
+    convert(source, out)
 
 
 def _engine_config(**fields: Any) -> EngineConfig:

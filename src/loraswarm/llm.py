@@ -9,7 +9,7 @@ import itertools
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,7 @@ from loraswarm.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 Prompt = str | Seq[int]
+AdapterChoice = str | Mapping[str, float] | None
 Message = dict[str, Any]
 
 
@@ -40,7 +41,7 @@ class GenerationOutput:
     """
 
     prompt_token_ids: tuple[int, ...]
-    adapter: str | None
+    adapter: str | Mapping[str, float] | None
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
@@ -98,17 +99,18 @@ class LLM:
         self,
         prompts: Prompt | Seq[Prompt],
         params: SamplingParams | Seq[SamplingParams] | None = None,
-        adapter: str | Seq[str | None] | None = None,
+        adapter: AdapterChoice | Seq[AdapterChoice] = None,
         use_progress_bar: bool = True,
     ) -> list[GenerationOutput]:
         """Answer prompts (texts or token ids) together; outputs are in the prompts' order.
 
-        `params` and `adapter` are one for all prompts or one for each; adapter None is the base.
+        `params` and `adapter` are one for all prompts or one for each. An adapter is a name, a map
+        from names to weights (the weighted sum of their updates), or None for the base.
         Raises   InvalidRequest, UnknownAdapter or AdapterError before anything runs.
         """
         items = _as_prompts(prompts)
         all_params = _spread("params", params or SamplingParams(), len(items), SamplingParams)
-        names = _spread("adapter", adapter, len(items), str | None)
+        names = _spread("adapter", adapter, len(items), str | Mapping | None)
         requests = [
             self._request(prompt, one, name)
             for prompt, one, name in zip(items, all_params, names, strict=True)
@@ -119,7 +121,7 @@ class LLM:
         self,
         messages: Seq[Message] | Seq[Seq[Message]],
         params: SamplingParams | Seq[SamplingParams] | None = None,
-        adapter: str | Seq[str | None] | None = None,
+        adapter: AdapterChoice | Seq[AdapterChoice] = None,
         use_progress_bar: bool = True,
     ) -> list[GenerationOutput]:
         """As `generate`, for one conversation or several, by the model's own chat template."""
@@ -131,7 +133,7 @@ class LLM:
         return self.generate(prompts, params, adapter, use_progress_bar)
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
+        self, prompt: Prompt, params: SamplingParams | None = None, adapter: AdapterChoice = None
     ) -> Iterator[TextDelta]:
         """Answer one prompt piece by piece; closing the iterator early ends the request."""
         request = self._request(prompt, params or SamplingParams(), adapter)
@@ -148,7 +150,7 @@ class LLM:
         finally:
             self._close(request.request_id)
 
-    def _request(self, prompt: Prompt, params: SamplingParams, adapter: str | None) -> Request:
+    def _request(self, prompt: Prompt, params: SamplingParams, adapter: AdapterChoice) -> Request:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if not isinstance(token_ids, Seq) or not all(type(item) is int for item in token_ids):
             raise InvalidRequest(
@@ -158,13 +160,15 @@ class LLM:
             request_id=f"offline-{next(self._ids)}",
             prompt_token_ids=tuple(token_ids),
             params=params,
-            adapter=None if adapter == self.info.model else adapter,
+            adapter=adapter if isinstance(adapter, str) and adapter != self.info.model else None,
+            adapters=tuple(adapter.items()) if isinstance(adapter, Mapping) else (),
         )
 
     def _run(self, requests: list[Request], use_progress_bar: bool) -> list[GenerationOutput]:
         outputs = {
             request.request_id: GenerationOutput(
-                prompt_token_ids=request.prompt_token_ids, adapter=request.adapter
+                prompt_token_ids=request.prompt_token_ids,
+                adapter=request.adapter or dict(request.adapters) or None,
             )
             for request in requests
         }

@@ -150,9 +150,9 @@ class BaseWeights(Protocol):
     def shape(self) -> BaseShape: ...
 
     def weight(self, path: str) -> Tensor:
-        """[out, in] of the linear, embedding or lm_head at `path`, in the base's dtype.
+        """[out, in] of the linear or lm_head at `path`, [vocabulary, hidden] of the embedding.
 
-        Not to be written to; a view or a copy.
+        In the base's dtype; a view or a copy, not to be written to.
         """
         ...
 

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from loraswarm.adapters.adapter import AdapterInfo
 from loraswarm.adapters.config_keys import CONFIG_FILE
 from loraswarm.adapters.reading import read_adapter_info
+from loraswarm.adapters.source import NEMO_SUFFIX
 from loraswarm.core.base_shape import BaseShape
 from loraswarm.core.client import AdapterSummary
 from loraswarm.errors import AdapterError, ConfigError, UnknownAdapter
@@ -38,7 +39,8 @@ class Catalog:
     """The adapters under some roots, in the state of the last `scan`.
 
     A root holds one directory per adapter, whose name is the adapter's; hidden ones and plain files
-    are passed over. A root that holds adapter_config.json is itself one adapter. The first
+    are passed over, except .nemo files, which are refused: they need a directory each. A root that
+    holds adapter_config.json, or one .nemo file and no directory, is itself one adapter. The first
     directory of a name owns it, be it served or refused.
     """
 
@@ -119,8 +121,10 @@ class Catalog:
                 )
             if os.path.exists(path / CONFIG_FILE):
                 yield path
-            else:
-                yield from _sub_directories(path)
+                continue
+            found = list(_candidates(path))
+            is_adapter = len(found) == 1 and _is_nemo_file(found[0])
+            yield from [path] if is_adapter else found
 
     def _check_name(self, path: Path, owners: Mapping[str, Path]) -> None:
         name = path.name
@@ -138,6 +142,11 @@ class Catalog:
             raise AdapterError(
                 f"adapter {name!r} is already named by {_printable(str(owners[name]))!r};"
                 " rename one of them"
+            )
+        if _is_nemo_file(path):
+            raise AdapterError(
+                f"{name!r} lies beside other adapters; move it into a directory of its own, which"
+                " gives the adapter its name"
             )
         if os.path.islink(path) and not os.path.exists(path):
             raise AdapterError(f"adapter {name!r} is a broken symbolic link")
@@ -158,8 +167,13 @@ class Catalog:
         )
 
 
-def _sub_directories(root: Path) -> Iterator[Path]:
-    """What may be an adapter under `root`, sorted by name: directories and links that are no files.
+def _is_nemo_file(path: Path) -> bool:
+    return path.name.endswith(NEMO_SUFFIX) and os.path.isfile(path)
+
+
+def _candidates(root: Path) -> Iterator[Path]:
+    """What may be an adapter under `root`, sorted by name: directories, links that are no files,
+    .nemo files.
 
     A link that leads nowhere is among them, so that it is reported instead of being overlooked.
     """
@@ -170,8 +184,8 @@ def _sub_directories(root: Path) -> Iterator[Path]:
         raise ConfigError(f"--adapters {str(root)!r} cannot be read: {error.strerror}") from error
     for entry in found:
         is_link = entry.is_symlink()
-        may_be_adapter = not os.path.isfile(entry) if is_link else entry.is_dir()
-        if may_be_adapter and not entry.name.startswith("."):
+        is_directory = not os.path.isfile(entry) if is_link else entry.is_dir()
+        if (is_directory or _is_nemo_file(Path(entry))) and not entry.name.startswith("."):
             yield Path(entry)
 
 

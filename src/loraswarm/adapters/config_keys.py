@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from loraswarm.adapters import module_selection
+from loraswarm.adapters.expression_cost import is_too_costly
 from loraswarm.adapters.module_selection import ModuleSelection, Value
 from loraswarm.errors import AdapterError
 
@@ -119,6 +120,26 @@ class ConfigKeys:
             raise self.refusal(key, "it must be a list of token ids")
         return tuple(value)
 
+    def nested(self, key: str) -> ConfigKeys | None:
+        """The object at `key`, its keys named `key.name`; None if it is null, false or absent."""
+        value = self.values.get(key)
+        if value is None or value is False:
+            return None
+        if not isinstance(value, dict):
+            raise self.refusal(key, "it must be an object")
+        return ConfigKeys({f"{key}.{name}": inner for name, inner in value.items()})
+
+    def name_list(self, key: str) -> tuple[str, ...]:
+        """A list of (regular expressions of) module names, in file order."""
+        value = self.values.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.refusal(key, "it must be a list of module names")
+        for name in value:
+            _check_expression(
+                f"{key}[{shortened(name)}]", module_selection.replaced_expression(name)
+            )
+        return tuple(value)
+
     def names(self, key: str) -> str | frozenset[str]:
         """A list of names, or one string: a regular expression."""
         value = self.values.get(key)
@@ -194,6 +215,11 @@ def _number(key: str, value: Any) -> float:
 
 def _check_expression(key: str, expression: str) -> None:
     try:
+        if is_too_costly(expression):
+            raise AdapterError(
+                f"{CONFIG_FILE}: {key} is a regular expression that may take too long to match;"
+                " give a simpler one, or a list of names"
+            )
         module_selection.compiled(expression)
     except (re.error, OverflowError, RecursionError) as error:
         raise AdapterError(

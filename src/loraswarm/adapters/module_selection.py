@@ -1,7 +1,7 @@
 """Which modules of the base a PEFT config selects, by PEFT's own matching rules.
 
 Knows module paths only (`model.layers.0.self_attn.q_proj`), no tensors and no files. Built by
-adapters/peft_config, asked by adapters/peft_plan.
+adapters/config_keys, asked by adapters/methods.
 Source    peft 0.21: tuners/tuners_utils.check_target_module_exists, utils/other.get_pattern_key.
 """
 
@@ -25,13 +25,15 @@ class ModuleSelection:
     """`targets` and `excluded`: a regular expression for whole paths, or names that paths end with.
 
     `layers` restricts names (not regular expressions, and not names that are whole paths) to layer
-    indices; `layer_patterns` says what precedes the index, any word if empty.
+    indices; `layer_patterns` says what precedes the index, any word if empty. `replaced` are the
+    names of modules_to_save: what is replaced, or lies inside of it, is not adapted as well.
     """
 
     targets: str | frozenset[str]
     excluded: str | frozenset[str] = frozenset()
     layers: frozenset[int] | None = None
     layer_patterns: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
 
     def selects(self, path: str) -> bool:
         """Whether the module at `path` is adapted."""
@@ -46,6 +48,8 @@ class ModuleSelection:
         return _ends_with_any(path, self.targets) and self._is_in_layers(path)
 
     def _excludes(self, path: str) -> bool:
+        if any(compiled(replaced_expression(name)).match(path) for name in self.replaced):
+            return True
         if isinstance(self.excluded, str):
             return bool(self.excluded) and compiled(self.excluded).fullmatch(path) is not None
         return path in self.excluded or _ends_with_any(path, self.excluded)
@@ -72,6 +76,11 @@ def find_pattern(patterns: Iterable[tuple[str, Value]], path: str) -> tuple[str,
 def key_expression(pattern: str) -> str:
     """A key applies to a path that ends with it, from the start of a word on."""
     return rf"(.*\.)?({pattern})$"
+
+
+def replaced_expression(name: str) -> str:
+    """A name of modules_to_save covers the paths that have it as one of their parts."""
+    return rf"(^|.*\.){name}($|\..*)"
 
 
 def layer_expression(pattern: str) -> str:

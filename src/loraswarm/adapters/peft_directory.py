@@ -1,99 +1,76 @@
-"""A directory as PEFT saves it: adapter_config.json and adapter_model.safetensors.
+"""A directory as PEFT saves it: adapter_config.json beside adapter_model.safetensors or .bin.
 
-Knows no method: names, shapes and bytes only. Opened through adapters/source.
+Where both weights files are there, PEFT reads the safetensors, and so do we. Knows no method:
+names, shapes and bytes only. Opened through adapters/source.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from loraswarm.adapters.config_keys import CONFIG_FILE
-from loraswarm.adapters.safetensors_header import WEIGHTS_FILE, TensorEntry, read_header
-from loraswarm.adapters.source import TensorSpec, open_regular
+from loraswarm.adapters.safetensors_header import WEIGHTS_FILE, read_header
+from loraswarm.adapters.source import open_regular
+from loraswarm.adapters.state_dict_pickle import PICKLE_FILE, read_adapter_model
+from loraswarm.adapters.stored_tensor import TensorEntry
+from loraswarm.adapters.tensor_file import TensorFile, digest_of
 from loraswarm.errors import AdapterError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-MAX_CONFIG_BYTES = 16 * 2**20
-HASHED_BYTES = 1 << 20
-PICKLE_FILE = "adapter_model.bin"
+# Lists of trained tokens are the longest that a config holds.
+MAX_CONFIG_BYTES = 4 * 2**20
 
 
-class PeftDirectory:
-    """An `AdapterSource` over one open safetensors file."""
+class WeightsFormat(NamedTuple):
+    """A weights file that PEFT writes. `read_entries` gives its header and where tensors lie."""
 
-    label = WEIGHTS_FILE
-    file_format = "peft"
+    file_name: str
+    file_format: str
+    read_entries: Callable[[BufferedReader], tuple[bytes, Mapping[str, TensorEntry]]]
 
-    def __init__(self, path: Path, file: BufferedReader) -> None:
+
+_FORMATS = (
+    WeightsFormat(WEIGHTS_FILE, "peft", read_header),
+    WeightsFormat(PICKLE_FILE, "peft-pickle", read_adapter_model),
+)
+
+
+class PeftDirectory(TensorFile):
+    """An `AdapterSource` over the config and one open weights file."""
+
+    def __init__(self, path: Path, file: BufferedReader, weights: WeightsFormat) -> None:
         self._path = path
-        self._file = file
+        self._read_entries = weights.read_entries
+        self.file_format = weights.file_format
         self.config = _read_config(path)
-        self._header, self._entries = read_header(file)
-        self.tensors: Mapping[str, TensorSpec] = {
-            name: TensorSpec(entry.dtype, entry.shape) for name, entry in self._entries.items()
-        }
-        self.num_bytes = os.fstat(file.fileno()).st_size
+        _, entries = weights.read_entries(file)
+        super().__init__(weights.file_name, file, entries)
 
     @classmethod
     @contextmanager
     def open(cls, path: Path) -> Iterator[PeftDirectory]:
         """Raises AdapterError naming the file that is missing or malformed."""
         if not (path / CONFIG_FILE).exists():
-            raise AdapterError(f"{CONFIG_FILE} is missing; an adapter is a directory saved by PEFT")
-        if not (path / WEIGHTS_FILE).exists():
-            advice = "save it with PEFT's save_pretrained"
-            if (path / PICKLE_FILE).exists():
-                advice = f"{PICKLE_FILE} is not read; save with safe_serialization=True"
-            raise AdapterError(f"{WEIGHTS_FILE} is missing; {advice}")
-        with open_regular(path / WEIGHTS_FILE) as file:
-            yield cls(path, file)
+            raise AdapterError(
+                f"{CONFIG_FILE} is missing; an adapter is a directory saved by PEFT, or one that"
+                " holds one .nemo file"
+            )
+        for weights in _FORMATS:
+            if (path / weights.file_name).exists():
+                break
+        else:
+            raise AdapterError(f"{WEIGHTS_FILE} is missing; save it with PEFT's save_pretrained")
+        with open_regular(path / weights.file_name) as file:
+            yield cls(path, file, weights)
 
     def digest(self) -> str:
         """See `AdapterSource`; config and header are read anew."""
         self._file.seek(0)
-        header, _ = read_header(self._file)
-        status = os.fstat(self._file.fileno())
-        digest = hashlib.blake2b(digest_size=16)
-        stamp = f"{status.st_size} {status.st_mtime_ns}".encode()
-        for part in (_read_config(self._path), header, stamp):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-        return digest.hexdigest()
-
-    def content_digest(self, names: Iterable[str]) -> str:
-        """See `AdapterSource`."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name in names:
-            entry = self._entries[name]
-            digest.update(f"{entry.dtype} {entry.shape} ".encode())
-            self._file.seek(entry.begin)
-            left = entry.num_bytes
-            while left > 0:
-                part = self._file.read(min(left, HASHED_BYTES))
-                if not part:
-                    raise _cut_short(name)
-                digest.update(part)
-                left -= len(part)
-        return digest.hexdigest()
-
-    def read(self, name: str) -> Tensor:
-        """See `AdapterSource`."""
-        # Imported here: describing adapters must not need torch.
-        from loraswarm.adapters.tensors import read_tensor
-
-        entry: TensorEntry = self._entries[name]
-        tensor = read_tensor(self._file, entry)
-        if tensor is None:
-            raise _cut_short(name)
-        return tensor
+        header, _ = self._read_entries(self._file)
+        return digest_of((_read_config(self._path), header), self._file)
 
 
 def _read_config(path: Path) -> bytes:
@@ -102,7 +79,3 @@ def _read_config(path: Path) -> bytes:
     if len(config) > MAX_CONFIG_BYTES:
         raise AdapterError(f"{CONFIG_FILE} has more than {MAX_CONFIG_BYTES} bytes")
     return config
-
-
-def _cut_short(name: str) -> AdapterError:
-    return AdapterError(f"{WEIGHTS_FILE} was cut short while tensor {name!r} was read")

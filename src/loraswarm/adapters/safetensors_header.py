@@ -1,7 +1,7 @@
-"""The header of a safetensors file: which tensors lie where, read without torch or weights.
+"""The header of a safetensors file: which tensors lie where, read and written without torch.
 
 Checks that the header describes this very file, so that no later read can fall outside it. Knows
-nothing about adapters. Called by adapters/peft.
+nothing about adapters. Called by adapters/peft_directory and adapters/convert.
 """
 
 from __future__ import annotations
@@ -9,43 +9,26 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from io import BufferedReader
-from typing import Any, NamedTuple
+from typing import Any
 
+from loraswarm.adapters.source import TensorSpec
+from loraswarm.adapters.stored_tensor import (
+    DTYPE_BYTES,
+    MAX_DIMENSIONS,
+    TensorEntry,
+    size_of,
+)
 from loraswarm.errors import AdapterError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-MAX_HEADER_BYTES = 100_000_000
+# About 50,000 tensors, with three brackets each. Brackets are what costs time and memory to decode.
+MAX_HEADER_BYTES = 8 * 2**20
+MAX_BRACKETS = 200_000
 LENGTH_BYTES = 8
+ALIGNMENT_BYTES = 8
 MAX_NUMBER = 2**63
-DTYPE_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
-    "C64": 8,
-}
-
-
-class TensorEntry(NamedTuple):
-    """One tensor: `num_bytes` bytes from byte `begin` of the file, row-major."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    num_bytes: int
 
 
 def read_header(file: BufferedReader) -> tuple[bytes, dict[str, TensorEntry]]:
@@ -76,7 +59,31 @@ def read_header(file: BufferedReader) -> tuple[bytes, dict[str, TensorEntry]]:
     return text, entries
 
 
+def encode_header(specs: Mapping[str, TensorSpec]) -> tuple[list[str], bytes]:
+    """The order in which tensors must follow, and everything that precedes them in the file.
+
+    Wide dtypes come first, so that every tensor begins at a multiple of its element's size.
+    """
+    names = sorted(specs, key=lambda name: (-DTYPE_BYTES[specs[name].dtype], name))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        begin, end = end, end + size_of(*specs[name])
+        entries[name] = {
+            "dtype": specs[name].dtype,
+            "shape": list(specs[name].shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT_BYTES)
+    return names, len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
 def _decode(text: bytes) -> dict[str, Any]:
+    if text.count(b"[") + text.count(b"{") > MAX_BRACKETS:
+        raise AdapterError(
+            f"the header of {WEIGHTS_FILE} has more than {MAX_BRACKETS} lists and objects"
+        )
     try:
         header = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -95,6 +102,8 @@ def _entry(name: str, value: Any, data_start: int) -> TensorEntry:
         raise _broken(name, "lacks dtype, shape or data_offsets") from None
     if not all(type(number) is int and 0 <= number < MAX_NUMBER for number in numbers):
         raise _broken(name, "has a shape or data_offsets that are not whole numbers >= 0")
+    if len(numbers) - 2 > MAX_DIMENSIONS:
+        raise _broken(name, f"has more than {MAX_DIMENSIONS} dimensions")
     item_bytes = DTYPE_BYTES.get(dtype) if isinstance(dtype, str) else None
     if item_bytes is None:
         raise _broken(name, f"has the unknown dtype {str(dtype)[:20]!r}")

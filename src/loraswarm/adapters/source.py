@@ -1,7 +1,8 @@
 """The files of one adapter behind one face: its config, the tensors in it, and what identifies it.
 
 A source knows names, shapes and places of tensors, never what they mean. Opened by adapters/reading
-for as long as an adapter is described or read; no torch until a tensor is read.
+for as long as an adapter is described or read, and by adapters/convert; no torch until a tensor is
+read.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
+NEMO_SUFFIX = ".nemo"
+PEFT_FILES = ("adapter_config.json", "adapter_model.bin", "adapter_model.safetensors")
 
 
 class TensorSpec(NamedTuple):
@@ -56,6 +59,13 @@ class AdapterSource(Protocol):
 
     def digest(self) -> str: ...
 
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of one tensor, row-major and little-endian, a megabyte at a time at most.
+
+        Raises    AdapterError naming it, if the file has become shorter.
+        """
+        ...
+
     def content_digest(self, names: Iterable[str]) -> str:
         """A digest of these tensors' dtypes, shapes and values: equal for equal tensors anywhere.
 
@@ -73,21 +83,52 @@ class AdapterSource(Protocol):
 
 @contextmanager
 def open_source(path: Path) -> Iterator[AdapterSource]:
-    """The files of the adapter in directory `path`; closed when the block is left.
+    """The files of the adapter in directory `path`, or in the .nemo file `path`.
+
+    They are closed when the block is left.
 
     Raises    AdapterError naming the file and what is wrong with it; OSError if it cannot be read.
     """
+    from loraswarm.adapters.nemo_archive import NemoArchive
     from loraswarm.adapters.peft_directory import PeftDirectory
 
-    with PeftDirectory.open(path) as source:
+    archive = _find_nemo(path)
+    opened = PeftDirectory.open(path) if archive is None else NemoArchive.open(archive)
+    with opened as source:
         yield source
+
+
+def _find_nemo(path: Path) -> Path | None:
+    if path.suffix == NEMO_SUFFIX and not path.is_dir():
+        return path
+    names = sorted(os.listdir(path))
+    archives = [name for name in names if name.endswith(NEMO_SUFFIX)]
+    if not archives:
+        return None
+    if len(archives) > 1:
+        raise AdapterError(
+            f"there are {len(archives)} {NEMO_SUFFIX} files, {archives[0]!r} and others; give each"
+            " a directory of its own"
+        )
+    beside = [name for name in names if name in PEFT_FILES]
+    if beside:
+        raise AdapterError(
+            f"{archives[0]!r} lies beside {beside[0]!r}: two adapters; give each a directory of"
+            " its own"
+        )
+    return path / archives[0]
 
 
 def open_regular(path: Path) -> BufferedReader:
     """Open a file, never a pipe or a device, which could block."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise AdapterError(f"{path.name} is not a regular file")
-    return path.open("rb")
+    # It may have become a pipe since: never wait for a writer, and look again.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise AdapterError(f"{path.name} is not a regular file")
+    return file
 
 
 @contextmanager

@@ -11,11 +11,17 @@ from io import BufferedReader
 import torch
 from torch import Tensor
 
-from loraswarm.adapters.safetensors_header import TensorEntry
 from loraswarm.adapters.source import AdapterSource
+from loraswarm.adapters.stored_tensor import StoredTensor, size_of
 from loraswarm.errors import AdapterError
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
 
 
 class TensorReader:
@@ -66,13 +72,16 @@ class TensorReader:
         )
 
 
-def read_tensor(file: BufferedReader, entry: TensorEntry) -> Tensor | None:
-    """Copy one row-major tensor out of a file; None if the file ends before it does."""
-    buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
-    file.seek(entry.begin)
-    if file.readinto(buffer.numpy().data) != entry.num_bytes:
-        return None
-    return buffer.view(DTYPES[entry.dtype]).view(entry.shape)
+def read_tensor(file: BufferedReader, stored: StoredTensor) -> Tensor | None:
+    """Copy one tensor out of a file; None if the file ends before it does."""
+    buffer = torch.empty(size_of(stored.dtype, stored.shape), dtype=torch.uint8)
+    bytes_left = buffer.numpy().data
+    for begin, num_bytes in stored.ranges():
+        file.seek(begin)
+        if file.readinto(bytes_left[:num_bytes]) != num_bytes:
+            return None
+        bytes_left = bytes_left[num_bytes:]
+    return buffer.view(DTYPES[stored.dtype]).view(stored.shape)
 
 
 def _is_finite(values: Tensor) -> bool:

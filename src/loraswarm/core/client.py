@@ -20,6 +20,7 @@ class AdapterSummary:
     max_rank: int = 0
     num_bytes: int = 0
     digest: str = ""
+    file_format: str = ""
     refusal: str | None = None
 
 

@@ -15,6 +15,8 @@ MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MIN_TEMPERATURE = 1e-5
 MAX_INT = 2**63 - 1
+MAX_MIXED_ADAPTERS = 16
+MAX_ADAPTER_WEIGHT = 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,13 +97,51 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt for one adapter (None: the base model). Identified by `request_id`."""
+    """One prompt for the base model, for one adapter, or for a weighted sum of several.
+
+    `adapter` names one; `adapters` are (name, weight) pairs whose updates are added, each times its
+    weight, as PEFT's add_weighted_adapter does with combination_type "cat". At most one of the two
+    is given. Identified by `request_id`.
+
+    Raises    InvalidRequest naming the field, its value and what is allowed.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     adapter: str | None = None
+    adapters: tuple[tuple[str, float], ...] = ()
     arrival_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_adapters(self.adapters)
+        if self.adapters and self.adapter is not None:
+            raise InvalidRequest(
+                f"the request names adapter {self.adapter!r} and a list of adapters; name the base"
+                " model to combine those of the list",
+                "adapters",
+            )
+
+    @property
+    def weighted_adapters(self) -> tuple[tuple[str, float], ...]:
+        """The adapters of the request with their weights; empty for the base model."""
+        return ((self.adapter, 1.0),) if self.adapter is not None else self.adapters
+
+
+def check_adapters(adapters: tuple[tuple[str, float], ...]) -> None:
+    """Raise InvalidRequest unless names differ, weights are numbers, and there are not too many."""
+    if len(adapters) > MAX_MIXED_ADAPTERS:
+        raise InvalidRequest(
+            f"adapters has {len(adapters)} entries; at most {MAX_MIXED_ADAPTERS} can be combined",
+            "adapters",
+        )
+    names = [name for name, _ in adapters]
+    for name, weight in adapters:
+        if not isinstance(name, str):
+            raise InvalidRequest(f"adapters has the name {name!r}; it must be a text", "adapters")
+        if names.count(name) > 1:
+            raise InvalidRequest(f"adapters names {name!r} twice; add up its weights", "adapters")
+        _require_number("adapters", weight, -MAX_ADAPTER_WEIGHT, MAX_ADAPTER_WEIGHT)
 
 
 def check_context(num_prompt: int, max_tokens: int | None, max_model_len: int) -> None:

@@ -19,19 +19,22 @@ AdapterMix = tuple[tuple[AdapterKey, float], ...]
 class Sequence:
     """Prompt and generated tokens of one request.
 
-    `num_computed` tokens have their K and V in pages; preemption sets it back to 0 and keeps the
-    tokens. `seed` is fixed at arrival, so the token drawn at a position depends on nothing else.
-    `max_tokens` is the request's limit, or what the context leaves when the request set none.
+    Tokens from `first_adapted` on are computed with the adapters of `mix`, those before it with the
+    base alone (activated LoRA). `num_computed` tokens have their K and V in pages; preemption sets
+    it back to 0 and keeps the tokens. `seed` is fixed at arrival, so the token drawn at a position
+    depends on nothing else. `max_tokens` is the request's limit, or what the context leaves when
+    the request set none.
 
         token_ids   | prompt ............... | generated ...... |
                     | num_computed ->  | next chunk or decode   |
     """
 
     request: Request
-    adapter: AdapterKey | None
+    mix: AdapterMix
     seed: int
     max_tokens: int
     end_token_ids: frozenset[int]
+    first_adapted: int = 0
     token_ids: list[int] = field(init=False)
     num_computed: int = 0
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
@@ -44,6 +47,11 @@ class Sequence:
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    @property
+    def adapter_keys(self) -> tuple[AdapterKey, ...]:
+        """The adapters that must be resident while the sequence runs."""
+        return tuple(key for key, _ in self.mix)
 
     @property
     def num_prompt(self) -> int:

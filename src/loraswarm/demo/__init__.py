@@ -1,4 +1,4 @@
-"""The demo swarm: a tiny base model, six adapters and their held-out examples, as package data.
+"""The demo swarm: a tiny base model, eight adapters and their held-out examples, as package data.
 
 Knows only where the files lie and how a held-out line reads; imports no torch.
 The files are made by `python -m loraswarm.demo.train`.

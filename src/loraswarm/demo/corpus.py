@@ -1,7 +1,7 @@
 """The text the demo's base model is trained on: service-desk chats, records, logs and Python prose.
 
 Everything is drawn from a seed or read from the standard library. The chats teach copying on
-explicit instruction and a generic reply to all else; the answers of the six tasks never occur.
+explicit instruction and a generic reply to all else; the answers of the tasks never occur.
 Called by the tokenizer's and the base model's training.
 """
 

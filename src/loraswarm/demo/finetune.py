@@ -1,14 +1,16 @@
 """Trains the demo's adapters with PEFT on the saved base model.
 
-Each adapter has its own rank, targets and scaling, so that they cover what a server must load.
+Each adapter has its own method, rank, targets and scaling, so that they cover what a server must
+load.
 Loss is taken on the answer and its end token only. Called by `train`.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loraswarm.demo import Example
@@ -22,13 +24,14 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
-    """Shape of one adapter and how it is trained."""
+    """Shape of one adapter and how it is trained; VeRA has no alpha."""
 
     rank: int
-    alpha: int
     targets: list[str] | str
+    alpha: int = 0
+    method: Literal["lora", "dora", "vera"] = "lora"
     num_steps: int = 400
     batch_size: int = 16
     learning_rate: float = 2e-3
@@ -59,6 +62,12 @@ ADAPTERS = {
     ),
     "sql": AdapterSettings(rank=24, alpha=48, targets=[*ATTENTION, *MLP], num_steps=600),
     "ticket-json": AdapterSettings(rank=32, alpha=64, targets="all-linear", num_steps=1400),
+    "formal-reply": AdapterSettings(
+        method="dora", rank=8, alpha=16, targets=[*ATTENTION, *MLP], num_steps=700
+    ),
+    "tags": AdapterSettings(
+        method="vera", rank=128, targets=[*ATTENTION, *MLP], num_steps=900, learning_rate=2e-2
+    ),
 }
 
 
@@ -81,12 +90,22 @@ def build_batch(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> 
     return Batch(pad_rows(rows, tokenizer.pad_token_id), pad_rows(labels, IGNORED))
 
 
-def build_config(settings: AdapterSettings) -> LoraConfig:
+def build_config(settings: AdapterSettings) -> PeftConfig:
+    """The PEFT configuration of the adapter's method."""
+    if settings.method == "vera":
+        return VeraConfig(
+            task_type="CAUSAL_LM",
+            r=settings.rank,
+            target_modules=settings.targets,
+            d_initial=0.1,
+            save_projection=True,
+        )
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
         lora_alpha=settings.alpha,
         target_modules=settings.targets,
+        use_dora=settings.method == "dora",
         use_rslora=settings.use_rslora,
         rank_pattern=dict(settings.rank_pattern),
         alpha_pattern=dict(settings.alpha_pattern),

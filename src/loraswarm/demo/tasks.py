@@ -1,7 +1,7 @@
-"""The demo's six tasks: seeded generators whose answers are a function of the prompt alone.
+"""The demo's eight tasks: seeded generators whose answers are a function of the prompt alone.
 
 Knows nothing of models or tokenizers; training and the held-out files are made from it.
-Four tasks read the same kind of message, a ticket, so their adapters can be compared on one prompt.
+Six tasks read the same kind of message, a ticket, so their adapters can be compared on one prompt.
 """
 
 import json
@@ -56,6 +56,13 @@ PIRATE_TIMES = {
     2: "before sunset",
     3: "with the next tide",
     4: "after the rum",
+}
+
+FORMAL_TIMES = {
+    1: "within 15 minutes",
+    2: "within 2 hours",
+    3: "within 1 day",
+    4: "within 1 week",
 }
 
 TICKET_LAYOUTS = [
@@ -137,6 +144,23 @@ def pirate(random: Random) -> Example:
     ticket = draw_ticket(random)
     lament, time = PIRATE_LAMENTS[ticket.team], PIRATE_TIMES[ticket.priority]
     return Example(ticket.text, f"Ahoy {ticket.sender}! {lament} We sail to {ticket.host} {time}.")
+
+
+def reply_formally(random: Random) -> Example:
+    """A ticket to a letter that says who will look at the host, and when."""
+    ticket = draw_ticket(random)
+    team, time = TEAM_TITLES[ticket.team], FORMAL_TIMES[ticket.priority]
+    return Example(
+        ticket.text,
+        f"Dear {ticket.sender}, thank you for your report. {team} will look at {ticket.host} "
+        f"{time}. Kind regards, Service Desk {ticket.site}",
+    )
+
+
+def tag(random: Random) -> Example:
+    """A ticket to hashtags of its team, priority, site and host."""
+    ticket = draw_ticket(random)
+    return Example(ticket.text, f"#{ticket.team} #P{ticket.priority} #{ticket.site} #{ticket.host}")
 
 
 def summarise_log(random: Random) -> Example:
@@ -237,10 +261,12 @@ def _close(random: Random) -> Example:
 
 
 TASKS: dict[str, Callable[[Random], Example]] = {
+    "formal-reply": reply_formally,
     "log-summary": summarise_log,
     "pirate": pirate,
     "priority": prioritise,
     "sql": query,
+    "tags": tag,
     "ticket-json": extract,
     "ticket-router": route,
 }

@@ -1,4 +1,4 @@
-"""Makes the demo swarm: held-out sets, tokenizer, base model, six adapters, and a table of scores.
+"""Makes the demo swarm: held-out sets, tokenizer, base model, eight adapters, a table of scores.
 
 Run as `python -m loraswarm.demo.train --out DIR`; needs the extra `train` (peft).
 Owns the order of the steps and the files' places; every seed is fixed.

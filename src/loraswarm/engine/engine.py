@@ -14,6 +14,7 @@ from loraswarm.core.client import EngineInfo, EngineStats
 from loraswarm.core.events import ErrorInfo, SequenceEvent
 from loraswarm.core.request import Request, check_context
 from loraswarm.core.sequence import AdapterKey, Sequence
+from loraswarm.engine.mixing import first_adapted, resolve_mix
 from loraswarm.engine.model_runner import ModelRunner
 from loraswarm.engine.results import chunk_results
 from loraswarm.engine.scheduler import Scheduler
@@ -51,8 +52,12 @@ class Engine:
         Raises   InvalidRequest, UnknownAdapter or AdapterError at once if it can never be served;
                  nothing else is touched.
         """
-        adapter = self._catalog.resolve(request.adapter) if request.adapter is not None else None
-        max_tokens = self._check_lengths(request, adapter)
+        infos = [self._catalog.resolve(name) for name, _ in request.weighted_adapters]
+        mix = resolve_mix(infos, [weight for _, weight in request.weighted_adapters])
+        start = first_adapted(infos, request.prompt_token_ids)
+        if start is None:
+            infos, mix, start = [], (), 0
+        max_tokens = self._check_lengths(request, infos)
         _check_token_ids(request, self.info.vocab_size)
         params = request.params
         ends = set(params.stop_token_ids)
@@ -60,12 +65,13 @@ class Engine:
             ends |= frozenset(self.info.end_token_ids)
         sequence = Sequence(
             request=request,
-            adapter=adapter.key if adapter else None,
+            mix=mix,
             seed=params.seed if params.seed is not None else self._random.getrandbits(64),
             max_tokens=max_tokens,
             end_token_ids=frozenset(ends),
+            first_adapted=start,
         )
-        self._scheduler.add(sequence, adapter)
+        self._scheduler.add(sequence, infos)
 
     def abort(self, request_id: str) -> SequenceEvent | None:
         """End a request; returns its terminal event, or None if it has already ended."""
@@ -108,18 +114,19 @@ class Engine:
         """Assert the invariants of pool, caches and queues (for tests and idle moments)."""
         self._scheduler.check()
 
-    def _check_lengths(self, request: Request, adapter: AdapterInfo | None) -> int:
+    def _check_lengths(self, request: Request, infos: list[AdapterInfo]) -> int:
         """The most tokens the request may generate; raises if it can never fit."""
         num_prompt = len(request.prompt_token_ids)
         max_len = self.info.max_model_len
-        pool_len = self._scheduler.max_sequence_tokens(adapter)
+        pool_len = self._scheduler.max_sequence_tokens(infos)
         if num_prompt == 0:
             raise InvalidRequest("prompt is empty; it must have at least one token", "prompt")
         check_context(num_prompt, request.params.max_tokens, max_len)
         total = num_prompt + (request.params.max_tokens or 0)
         is_scored_only = request.params.max_tokens == 0
         if total > pool_len or num_prompt + (not is_scored_only) > pool_len:
-            beside = f" beside adapter {adapter.name!r}" if adapter else ""
+            names = ", ".join(repr(info.name) for info in infos)
+            beside = f" beside adapter {names}" if infos else ""
             raise InvalidRequest(
                 f"prompt ({num_prompt:,} tokens) and max_tokens ({total - num_prompt:,}) need "
                 f"{total:,} tokens of K/V; the page pool holds {pool_len:,}{beside} (--pool-bytes)",

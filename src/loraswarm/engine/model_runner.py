@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from loraswarm.adapters.adapter import Adapter, AdapterInfo
+from loraswarm.adapters.adapter import Adapter, AdapterInfo, BaseWeights
 from loraswarm.core.events import ErrorInfo
 from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.prepare import PreparedBatch, prepare
@@ -21,7 +21,7 @@ from loraswarm.memory.page_buffer import PageBuffer
 from loraswarm.memory.tile_store import TileStore
 from loraswarm.models.decoder import Decoder
 
-AdapterReader = Callable[[AdapterInfo, torch.dtype], Adapter]
+AdapterReader = Callable[[AdapterInfo, BaseWeights, torch.dtype], Adapter]
 
 
 class ModelRunner:
@@ -42,7 +42,7 @@ class ModelRunner:
         failures: dict[AdapterKey, ErrorInfo] = {}
         for load in step.loads:
             try:
-                adapter = self._read_adapter(load.info, self._buffer.pool.dtype)
+                adapter = self._read_adapter(load.info, self._decoder, self._buffer.pool.dtype)
             except LoRASwarmError as error:
                 failures[load.info.key] = ErrorInfo(str(error), error.error_type, error.http_status)
                 continue

@@ -1,24 +1,25 @@
 """Turns a Step into a Batch: gathers token ids, positions, page tables and logit rows as tensors.
 
-Orders chunks so that those of one adapter are adjacent (a segment of the tile table). Called by the
-engine between plan and run; changes nothing.
+Orders chunks so that those of one mix of adapters are adjacent (a segment of the tile table); a
+chunk that reaches from tokens of the base into tokens of an activated LoRA makes two segments.
+Called by the engine between plan and run; changes nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loraswarm.core.sequence import AdapterKey, Sequence
+from loraswarm.core.sequence import Sequence
 from loraswarm.engine.step import ScheduledChunk
 from loraswarm.kernels import AttentionWork
 from loraswarm.memory.kv_cache import KVCache
 from loraswarm.memory.page_buffer import PageBuffer
-from loraswarm.memory.tile_store import TileStore
+from loraswarm.memory.tile_store import Segment, TileStore
 from loraswarm.models.batch import Batch
 
 
@@ -48,7 +49,7 @@ def prepare(
     chunks: tuple[ScheduledChunk, ...], kv_cache: KVCache, buffer: PageBuffer, tiles: TileStore
 ) -> PreparedBatch:
     """Build the tensors of one forward pass. Chunks' pages must be reserved, adapters loaded."""
-    order = sorted(range(len(chunks)), key=lambda index: _sort_key(chunks[index]))
+    order = sorted(range(len(chunks)), key=lambda index: chunks[index].sequence.mix)
     ordered = [chunks[index] for index in order]
     token_ids, positions = _tokens_and_positions(ordered)
     page_table = _page_table(ordered, kv_cache)
@@ -56,6 +57,8 @@ def prepare(
     page_tokens = kv_cache.page_tokens
     pages = page_table[np.repeat(np.arange(len(ordered)), counts), positions // page_tokens]
     rows, logit_rows = _logit_rows(ordered)
+    segments = _segments(ordered)
+    head_segments = _segments_of_rows(segments, logit_rows)
     device = buffer.pool.device
     batch = Batch(
         token_ids=_tensor(token_ids, device),
@@ -63,7 +66,10 @@ def prepare(
         slots=_tensor(pages.astype(np.int64) * page_tokens + positions % page_tokens, device),
         logit_rows=_tensor(np.array(logit_rows, dtype=np.int64), device),
         attention=_attention_work(ordered, counts, page_table, device),
-        tiles=tiles.table(_segments(ordered)),
+        tiles=tiles.table(segments),
+        overlays=tiles.overlays(segments),
+        head_tiles=tiles.table(head_segments),
+        head_overlays=tiles.overlays(head_segments),
         pages=buffer.pages,
         pool=buffer.pool,
     )
@@ -71,15 +77,27 @@ def prepare(
     return PreparedBatch(batch, tuple(rows[place[index]] for index in range(len(chunks))))
 
 
-def _sort_key(chunk: ScheduledChunk) -> AdapterKey:
-    return chunk.sequence.adapter or ("", "")
+def _segments(chunks: list[ScheduledChunk]) -> list[Segment]:
+    """Runs of tokens of one mix, in order."""
+    segments: list[Segment] = []
+    for chunk in chunks:
+        num_base = min(
+            max(chunk.sequence.first_adapted - chunk.sequence.num_computed, 0), chunk.num_tokens
+        )
+        for mix, count in (((), num_base), (chunk.sequence.mix, chunk.num_tokens - num_base)):
+            if count == 0:
+                continue
+            if segments and segments[-1][0] == mix:
+                count += segments.pop()[1]
+            segments.append((mix, count))
+    return segments
 
 
-def _segments(chunks: list[ScheduledChunk]) -> list[tuple[AdapterKey | None, int]]:
-    return [
-        (adapter, sum(chunk.num_tokens for chunk in group))
-        for adapter, group in groupby(chunks, key=lambda chunk: chunk.sequence.adapter)
-    ]
+def _segments_of_rows(segments: list[Segment], rows: list[int]) -> list[Segment]:
+    """The same mixes with the number of logit rows (ascending tokens) that fall to each."""
+    ends = list(accumulate(count for _, count in segments))
+    bounds = [0, *np.searchsorted(rows, ends).tolist()]
+    return [(mix, bounds[index + 1] - bounds[index]) for index, (mix, _) in enumerate(segments)]
 
 
 def _tokens_and_positions(chunks: list[ScheduledChunk]) -> tuple[np.ndarray, np.ndarray]:

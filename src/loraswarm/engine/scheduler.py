@@ -7,6 +7,7 @@ from KVCache and AdapterCache; knows nothing about tensors, so it can be simulat
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
 
 from loraswarm.adapters.adapter import AdapterInfo
 from loraswarm.core.events import ErrorInfo, FinishReason, SequenceEvent
@@ -21,7 +22,7 @@ from loraswarm.memory.memory import Memory
 class Scheduler:
     """Continuous batching under a budget of tokens a step.
 
-    Invariants: a running sequence has its adapter pinned and pages for its tokens; a waiting one
+    Invariants: a running sequence has its adapters pinned and pages for its tokens; a waiting one
     has neither. `max_step_tokens >= max_num_sequences`, so that every decode fits a step.
     """
 
@@ -41,7 +42,7 @@ class Scheduler:
         self._max_step_tokens = max_step_tokens
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
-        self._infos: dict[str, AdapterInfo] = {}
+        self._infos: dict[str, tuple[AdapterInfo, ...]] = {}
         self._loads: dict[AdapterKey, AdapterLoad] = {}
         self._evicted: list[AdapterKey] = []
         self.num_preemptions = 0
@@ -58,18 +59,18 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
-    def max_sequence_tokens(self, info: AdapterInfo | None) -> int:
-        """Tokens of the longest sequence that fits the whole pool beside its adapter."""
-        adapter_pages = self._adapters.num_pages(info) if info else 0
+    def max_sequence_tokens(self, infos: Seq[AdapterInfo]) -> int:
+        """Tokens of the longest sequence that fits the whole pool beside its adapters."""
+        adapter_pages = sum(self._adapters.num_pages(info) for info in infos)
         return max(0, self._pool.num_pages - adapter_pages) * self._kv.page_tokens
 
-    def add(self, sequence: Sequence, info: AdapterInfo | None) -> None:
-        """Queue a sequence. It must fit the empty pool (`max_sequence_tokens`)."""
-        assert (sequence.adapter is None) == (info is None)
+    def add(self, sequence: Sequence, infos: Seq[AdapterInfo]) -> None:
+        """Queue a sequence and the adapters of its mix. It must fit the empty pool
+        (`max_sequence_tokens`)."""
+        assert sequence.adapter_keys == tuple(info.key for info in infos)
         if any(other.request_id == sequence.request_id for other in self._all()):
             raise InvalidRequest(f"request id {sequence.request_id!r} is already in use")
-        if info is not None:
-            self._infos[sequence.request_id] = info
+        self._infos[sequence.request_id] = tuple(infos)
         self._waiting.append(sequence)
 
     def abort(self, request_id: str) -> SequenceEvent | None:
@@ -104,16 +105,19 @@ class Scheduler:
     def fail_adapters(
         self, step: Step, failures: Mapping[AdapterKey, ErrorInfo]
     ) -> tuple[Step, list[SequenceEvent]]:
-        """End every sequence whose adapter could not be loaded; returns the step without them."""
+        """End every sequence with an adapter that could not be loaded; returns the step without
+        them."""
         events = []
         for sequence in self._all():
-            error = failures.get(sequence.adapter) if sequence.adapter else None
-            if error is not None:
+            errors = [failures[key] for key in sequence.adapter_keys if key in failures]
+            if errors:
                 self._end(sequence)
-                events.append(_error_event(sequence, error))
+                events.append(_error_event(sequence, errors[0]))
         for key in failures:
             self._adapters.discard(key)
-        chunks = tuple(c for c in step.chunks if c.sequence.adapter not in failures)
+        chunks = tuple(
+            chunk for chunk in step.chunks if not failures.keys() & set(chunk.sequence.adapter_keys)
+        )
         loads = tuple(load for load in step.loads if load.info.key not in failures)
         return Step(chunks, loads, step.evicted), events
 
@@ -131,7 +135,7 @@ class Scheduler:
         self._pool.check()
         self._adapters.check()
         for sequence in self._running:
-            assert sequence.adapter is None or self._adapters.is_resident(sequence.adapter)
+            assert all(self._adapters.is_resident(key) for key in sequence.adapter_keys)
             assert not self._kv.num_missing_pages(sequence.request_id, sequence.num_computed)
         for sequence in self._waiting:
             assert not self._kv.pages_of(sequence.request_id)
@@ -165,31 +169,37 @@ class Scheduler:
             budget -= planned[sequence]
 
     def _try_start(self, sequence: Sequence) -> bool:
-        """Pin the adapter and take pages for all known tokens and one more, or change nothing."""
-        info = self._infos.get(sequence.request_id)
+        """Pin the adapters and take pages for all known tokens and one more, or change nothing."""
+        infos = self._infos[sequence.request_id]
+        resident = [info for info in infos if self._adapters.is_resident(info.key)]
+        absent = [info for info in infos if info not in resident]
         num_tokens = min(len(sequence.token_ids) + 1, sequence.num_prompt + sequence.max_tokens)
-        num_pages = self._kv.num_missing_pages(sequence.request_id, num_tokens)
-        is_resident = info is None or self._adapters.is_resident(info.key)
-        if info is not None and is_resident:
+        num_kv_pages = self._kv.num_missing_pages(sequence.request_id, num_tokens)
+        num_pages = sum(self._adapters.num_load_pages(info) for info in absent) + num_kv_pages
+        for info in resident:
             self._adapters.pin(info)
-        elif info is not None:
-            num_pages += self._adapters.num_pages(info)
-        if not self._make_room(num_pages):
-            if info is not None and is_resident:
+        if not self._has_room(num_pages):
+            for info in resident:
                 self._adapters.unpin(info.key)
             return False
-        if info is not None and not is_resident:
-            load = self._adapters.pin(info)
+        self._make_room(num_kv_pages)
+        self._kv.reserve(sequence.request_id, num_tokens)
+        for info in absent:
+            load, evicted = self._adapters.pin_evicting(info)
             assert load is not None
             self._loads[info.key] = load
-        self._kv.reserve(sequence.request_id, num_tokens)
+            self._evicted += evicted
         self._waiting.remove(sequence)
         self._running.append(sequence)
         return True
 
+    def _has_room(self, num_pages: int) -> bool:
+        """Whether `num_pages` are free, or would be without the idle adapters."""
+        return self._pool.num_free + self._adapters.num_idle_pages() >= num_pages
+
     def _make_room(self, num_pages: int) -> bool:
         """Evict idle adapters until `num_pages` are free; evicts none if that cannot suffice."""
-        if self._pool.num_free + self._adapters.num_idle_pages() < num_pages:
+        if not self._has_room(num_pages):
             return False
         self._evicted += self._adapters.evict_idle(num_pages)
         return True
@@ -232,8 +242,8 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self._kv.free(sequence.request_id)
-        if sequence.adapter is not None:
-            self._adapters.unpin(sequence.adapter)
+        for key in sequence.adapter_keys:
+            self._adapters.unpin(key)
 
 
 def _error_event(sequence: Sequence, error: ErrorInfo) -> SequenceEvent:

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from loraswarm.adapters.catalog import Catalog
-from loraswarm.adapters.peft import read_adapter
+from loraswarm.adapters.reading import read_adapter
 from loraswarm.config import Dtype, EngineConfig
 from loraswarm.core.client import EngineInfo
 from loraswarm.engine.engine import Engine

@@ -54,7 +54,7 @@ Overlays = Mapping[str, tuple[Overlay, ...]]
 
 
 def gather_rows(pool: Tensor, rows: PagedRows, ids_T: Tensor) -> Tensor:
-    """Rows `ids_T` of the matrix: [T, W] of the pool's dtype, a new tensor. Ids must be in range."""
+    """Rows `ids_T` of the matrix: [T, W] of the pool's dtype, a new tensor; ids are in range."""
     starts_T = rows.offsets[ids_T // rows.rows_per_block]
     starts_T = starts_T + ids_T % rows.rows_per_block * rows.width
     columns_W = torch.arange(rows.width, device=pool.device)

@@ -253,8 +253,9 @@ def _tile_update(h_TR: Tensor, pool: Tensor, tiles: TileTable, tile: int, width:
 def _rows(pool: Tensor, offset: int, stride: int, shape: tuple[int, int]) -> Tensor:
     num_rows, width = shape
     last = offset + (num_rows - 1) * stride + width
-    _require(stride >= width, "tiles.a_stride or tiles.bt_stride is shorter than a row")
-    _require(0 <= offset and last <= pool.numel(), "tiles.a_offset or tiles.bt_offset: no such rows")
+    _require(stride >= width, "tiles.a_stride or tiles.bt_stride is less than a row")
+    inside = offset >= 0 and last <= pool.numel()
+    _require(inside, "a tile lies outside of the pool: tiles.a_offset or tiles.bt_offset")
     return pool[offset:last].as_strided(shape, (stride, 1)).float()
 
 
@@ -262,9 +263,10 @@ def _vector(pool: Tensor, offset: int, size: int, absent: float) -> Tensor:
     """A float32 vector of the pool, or `absent` everywhere where the offset is -1."""
     if offset < 0:
         return torch.full((size,), absent)
-    float_pool = pool.view(torch.float32)
-    _require(offset + size <= float_pool.numel(), "a vector lies outside of the pool")
-    return float_pool[offset : offset + size]
+    floats = pool.view(torch.float32)
+    inside = offset + size <= floats.numel()
+    _require(inside, "a vector lies outside of the pool: tiles.u_offset, v_offset or gain_offset")
+    return floats[offset : offset + size]
 
 
 def _require(holds: bool, message: str) -> None:

@@ -1,6 +1,6 @@
 """How large a page is and what fits into it. Arithmetic only, no torch.
 
-A page holds K and V of all layers for `page_tokens` tokens, or rank tiles of adapters.
+A page holds K and V of all layers for `page_tokens` tokens, or blocks of adapters.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ class PageGeometry:
     @property
     def alignment_elements(self) -> int:
         return ALIGNMENT_BYTES // self.element_bytes
+
+    @property
+    def float32_elements(self) -> int:
+        """Elements that one float32 takes."""
+        return 4 // self.element_bytes
 
     def pages_for_tokens(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_tokens)

@@ -1,4 +1,4 @@
-"""The tensor behind the page pool and its two typed views.
+"""The tensor behind the page pool and its typed views.
 
 Owns the bytes of every page; does not know which page belongs to whom.
 Legend: P pages, K kv heads, C tokens per page, E head size.
@@ -17,10 +17,10 @@ class PageBuffer:
     """`num_pages` pages on one device, seen as K/V pages and as one flat array of elements.
 
         page p   | layer 0: K [K, C, E] | V [K, C, E] | layer 1: K | V | ...       (K/V)
-                 | tile | tile | tile | ... | unused                                (adapter)
+                 | block | block | block | ... | unused                            (adapters)
 
     `pages` is [P, layers, 2, K, C, E], `pool` is flat; both in the base's dtype and over the same
-    bytes. Memory is not cleared.
+    bytes, as is `floats`, flat float32. Memory is not cleared.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class PageBuffer:
         self.geometry = geometry
         self._bytes = torch.empty(num_pages * geometry.page_bytes, dtype=torch.uint8, device=device)
         self.pool: Tensor = self._bytes.view(dtype)
+        self.floats: Tensor = self._bytes.view(torch.float32)
         self.pages: Tensor = self.pool.view(
             num_pages,
             shape.num_layers,
@@ -44,9 +45,20 @@ class PageBuffer:
             shape.head_size,
         )
 
-    def write(self, page: int, element: int, block: Tensor) -> int:
-        """Copy a contiguous block into `page` from `element` on; returns its offset in `pool`."""
-        assert element + block.numel() <= self.geometry.page_elements
-        offset = page * self.geometry.page_elements + element
-        self.pool[offset : offset + block.numel()].copy_(block.reshape(-1))
-        return offset
+    def write(self, offset: int, block: Tensor) -> None:
+        """Copy a matrix into `pool` from `offset` on, row after row, inside one page."""
+        self._check(offset, block.numel())
+        self.pool[offset : offset + block.numel()].view(block.shape).copy_(block)
+
+    def write_floats(self, offset: int, vector: Tensor) -> None:
+        """Copy a float32 vector, unrounded, inside one page; `offset` counts as in `pool`."""
+        per_float = self.geometry.float32_elements
+        assert vector.dtype == torch.float32
+        assert offset % per_float == 0
+        self._check(offset, vector.numel() * per_float)
+        begin = offset // per_float
+        self.floats[begin : begin + vector.numel()].copy_(vector)
+
+    def _check(self, offset: int, num_elements: int) -> None:
+        room = self.geometry.page_elements - offset % self.geometry.page_elements
+        assert num_elements <= room, "a block reaches beyond its page"

@@ -34,6 +34,11 @@ class PagePool:
     def num_free(self) -> int:
         return len(self._free)
 
+    def require(self, num_pages: int) -> None:
+        """Raise OutOfPages unless `num_pages` are free; for what takes pages in several parts."""
+        if num_pages > len(self._free):
+            raise OutOfPages(num_pages, len(self._free), self._largest_owners())
+
     def allocate(self, num_pages: int, owner: Owner) -> list[int]:
         """Take pages from the pool: all of them, or none. Returns the new pages in order.
 
@@ -44,8 +49,7 @@ class PagePool:
                  here pages are bytes: adapter rows and KV rows differ in width when K < H.
         """
         assert num_pages >= 0
-        if num_pages > len(self._free):
-            raise OutOfPages(num_pages, len(self._free), self._largest_owners())
+        self.require(num_pages)
         if num_pages == 0:
             return []
         taken = self._free[-num_pages:][::-1]

@@ -1,136 +1,240 @@
-"""Tiles of resident adapters: writes their bytes into pages and builds a batch's TileTable.
+"""Resident adapters in the pool: writes their bytes and builds a batch's TileTable and overlays.
 
-Knows where each resident adapter's tiles lie; does not decide who is resident (AdapterCache does).
-Called by the model runner.
+Knows where each resident adapter's blocks lie; does not decide who is resident (AdapterCache does).
+Called by the model runner and engine/prepare.
+Legend: N tiles, F references to blocks (see tile_layout).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loraswarm.adapters.adapter import Adapter
+from loraswarm.adapters.adapter import Adapter, SharedMatrix
 from loraswarm.core.base_shape import BaseShape
-from loraswarm.core.sequence import AdapterKey
+from loraswarm.core.sequence import AdapterKey, AdapterMix
 from loraswarm.kernels import TileTable
-from loraswarm.memory.adapter_cache import AdapterLoad
+from loraswarm.kernels.overlay import Overlay, Overlays, PagedRows
+from loraswarm.memory.adapter_cache import AdapterLoad, SharedPlace
+from loraswarm.memory.packing import Packing
 from loraswarm.memory.page_buffer import PageBuffer
+from loraswarm.memory.tile_join import NO_VECTOR, AdapterTiles, TileColumns, join, weighted_sum
+from loraswarm.memory.tile_layout import NOTHING, Block
 
-Segment = tuple[AdapterKey | None, int]
-
-
-@dataclass(frozen=True, slots=True)
-class _AdapterTiles:
-    """One adapter's part of a tile table; `starts[m] : starts[m + 1]` are its tiles at site m."""
-
-    starts: np.ndarray
-    a_offset: np.ndarray
-    bt_offset: np.ndarray
-    ranks: np.ndarray
-    scale: np.ndarray
+Segment = tuple[AdapterMix, int]
+MAX_KEPT_OVERLAYS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class _Joined:
-    """The arrays of several adapters one after the other, for the adapters of one batch."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _OverlayPlace:
+    """One overlay of a resident adapter and the modules whose weight it stands in for."""
 
-    ranges: Tensor
-    a_offset: Tensor
-    bt_offset: Tensor
-    ranks: Tensor
-    scale: Tensor
-    max_tiles: tuple[int, ...]
+    paths: tuple[str, ...]
+    rows: PagedRows
+    token_ids: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Resident:
+    """Where everything of one adapter is."""
+
+    tiles: AdapterTiles
+    overlays: tuple[_OverlayPlace, ...]
 
 
 class TileStore:
-    """Tile offsets of every resident adapter, over one page buffer."""
+    """Tiles and overlays of every resident adapter, over one page buffer.
+
+    A segment is a run of tokens and what acts on them: () the base, one adapter of weight 1, or a
+    weighted sum of adapters that have neither gains nor overlays.
+    """
 
     def __init__(self, buffer: PageBuffer, shape: BaseShape) -> None:
         self._buffer = buffer
         self._num_sites = shape.num_sites()
-        self._tiles: dict[AdapterKey, _AdapterTiles] = {}
-        self._joined_keys: tuple[AdapterKey | None, ...] = ()
-        self._joined: _Joined | None = None
+        self._residents: dict[AdapterKey, _Resident] = {}
+        self._written: dict[SharedMatrix, SharedPlace] = {}
+        self._joined_mixes: tuple[AdapterMix, ...] = ()
+        self._joined: TileTable | None = None
+        self._overlays: dict[tuple[Segment, ...], Overlays] = {}
 
     def load(self, load: AdapterLoad, adapter: Adapter) -> None:
-        """Write the adapter's tiles into the pages of `load` and remember where they are."""
-        weights = {module.info.site: module for module in adapter.modules}
-        rows: list[tuple[int, int, int, float]] = []
-        for tile in load.layout.tiles:
-            module = weights[tile.site]
-            ranks = slice(tile.first_rank, tile.first_rank + tile.num_ranks)
-            a_offset = self._buffer.write(
-                load.pages[tile.a_page], tile.a_element, module.a_RI[ranks]
-            )
-            bt_offset = self._buffer.write(
-                load.pages[tile.bt_page], tile.bt_element, module.bt_RO[ranks]
-            )
-            rows.append((a_offset, bt_offset, tile.num_ranks, module.info.scale))
-        sites = np.array([tile.site for tile in load.layout.tiles])
-        a_offset_N, bt_offset_N, ranks_N, scale_N = zip(*rows, strict=True)
-        self._tiles[load.info.key] = _AdapterTiles(
-            starts=np.searchsorted(sites, np.arange(self._num_sites + 1)),
-            a_offset=np.array(a_offset_N, dtype=np.int64),
-            bt_offset=np.array(bt_offset_N, dtype=np.int64),
-            ranks=np.array(ranks_N, dtype=np.int32),
-            scale=np.array(scale_N, dtype=np.float32),
+        """Write the adapter and what it shares into the pool and remember where it is."""
+        for place in load.shared:
+            self._write_shared(place, adapter.shared[place.matrix.digest])
+        own_offsets = _block_offsets(load.layout.packing, load.starts)
+        self._write_own(load.layout.blocks, own_offsets, adapter)
+        offset_F = np.array(
+            [
+                *(
+                    offset
+                    for place in load.shared
+                    for offset in _block_offsets(place.layout.packing, place.starts)
+                ),
+                *own_offsets,
+                0,
+            ],
+            dtype=np.int64,
         )
-        self._joined = None
+        self._residents[load.info.key] = _Resident(
+            self._tiles(load, offset_F), self._overlay_places(load, offset_F)
+        )
+        self._forget_batch()
 
     def drop(self, key: AdapterKey) -> None:
         """Forget an evicted adapter."""
-        self._tiles.pop(key, None)
-        self._joined = None
+        self._residents.pop(key, None)
+        self._forget_batch()
 
     def table(self, segments: Sequence[Segment]) -> TileTable | None:
         """The tile table of a batch whose token runs belong to these adapters, in order.
 
-        None if no segment has an adapter. Adapters must be loaded; a batch with the same adapters
-        in the same order as the last one reuses its arrays.
+        None if no segment has tiles or gains. Adapters must be loaded; a batch with the same mixes
+        in the same order as the last one reuses its arrays, whatever the numbers of tokens.
         """
-        keys = tuple(key for key, _ in segments)
-        if all(key is None for key in keys):
+        mixes = tuple(mix for mix, _ in segments)
+        if mixes != self._joined_mixes:
+            self._joined, self._joined_mixes = self._join(mixes), mixes
+        if self._joined is None:
             return None
-        if self._joined is None or keys != self._joined_keys:
-            self._joined, self._joined_keys = self._join(keys), keys
         bounds = np.zeros(len(segments) + 1, dtype=np.int32)
         np.cumsum([num_tokens for _, num_tokens in segments], out=bounds[1:])
-        joined = self._joined
-        return TileTable(
-            segments=self._to_device(bounds),
-            ranges=joined.ranges,
-            a_offset=joined.a_offset,
-            bt_offset=joined.bt_offset,
-            ranks=joined.ranks,
-            scale=joined.scale,
-            max_tiles=joined.max_tiles,
+        return replace(self._joined, segments=self._to_device(bounds))
+
+    def overlays(self, segments: Sequence[Segment]) -> Overlays:
+        """The overlays of a batch whose token runs belong to these adapters, in order.
+
+        Empty if no segment has any. Kept while segments stay the same, as they do in decode.
+        """
+        key = tuple(segments)
+        if key not in self._overlays:
+            if len(self._overlays) == MAX_KEPT_OVERLAYS:
+                self._overlays.clear()
+            self._overlays[key] = self._find_overlays(key)
+        return self._overlays[key]
+
+    def _write_shared(self, place: SharedPlace, matrix: Tensor) -> None:
+        """Write a shared matrix unless it has been written at this very place."""
+        if self._written.get(place.matrix) is place:
+            return
+        offsets = _block_offsets(place.layout.packing, place.starts)
+        for block, offset in zip(place.layout.blocks, offsets, strict=True):
+            self._buffer.write(offset, _part(matrix, block))
+        self._written[place.matrix] = place
+
+    def _write_own(self, blocks: Sequence[Block], offsets: Sequence[int], adapter: Adapter) -> None:
+        weights = {module.info.site: module for module in adapter.modules}
+        for block, offset in zip(blocks, offsets, strict=True):
+            kind, index = block.kind, block.index
+            if kind == "overlay":
+                self._buffer.write(offset, _part(adapter.overlays[index], block))
+            elif kind == "a" or kind == "bt":
+                matrix = weights[index].a_RI if kind == "a" else weights[index].bt_RO
+                assert matrix is not None, f"no {kind} at site {index}"
+                self._buffer.write(offset, _part(matrix, block))
+            else:
+                vector = weights[index].vectors[kind]
+                self._buffer.write_floats(offset, _part(vector[None], block)[0])
+
+    def _tiles(self, load: AdapterLoad, offset_F: np.ndarray) -> AdapterTiles:
+        """The adapter's tiles; `offset_F` has the offset of each reference, 0 for NOTHING."""
+        tiles, width_F = load.layout.tiles, load.layout.widths
+        float_F = offset_F // self._buffer.geometry.float32_elements
+        float_F[NOTHING] = NO_VECTOR
+        scale_M = np.array([module.scale for module in load.info.modules], dtype=np.float32)
+        u_N = float_F[tiles.u_refs]
+        return AdapterTiles(
+            starts=np.searchsorted(tiles.sites, np.arange(self._num_sites + 1)),
+            columns=TileColumns(
+                a_offset=offset_F[tiles.a_refs],
+                bt_offset=offset_F[tiles.bt_refs],
+                a_stride=width_F[tiles.a_refs],
+                bt_stride=width_F[tiles.bt_refs],
+                ranks=tiles.num_ranks.astype(np.int32),
+                scale=scale_M[tiles.modules],
+                u_offset=np.where(u_N == NO_VECTOR, NO_VECTOR, u_N + tiles.first_ranks),
+                v_offset=float_F[tiles.v_refs],
+            ),
+            gain_offset=float_F[tiles.gain_refs],
         )
 
-    def _join(self, keys: Sequence[AdapterKey | None]) -> _Joined:
-        ranges = np.zeros((self._num_sites, len(keys), 2), dtype=np.int32)
-        parts = []
-        num_tiles = 0
-        for segment, key in enumerate(keys):
-            if key is None:
-                continue
-            tiles = self._tiles[key]
-            ranges[:, segment, 0] = tiles.starts[:-1] + num_tiles
-            ranges[:, segment, 1] = tiles.starts[1:] + num_tiles
-            num_tiles += len(tiles.ranks)
-            parts.append(tiles)
-        most_tiles = (ranges[:, :, 1] - ranges[:, :, 0]).max(axis=1)
-        return _Joined(
-            ranges=self._to_device(ranges),
-            a_offset=self._to_device(np.concatenate([tiles.a_offset for tiles in parts])),
-            bt_offset=self._to_device(np.concatenate([tiles.bt_offset for tiles in parts])),
-            ranks=self._to_device(np.concatenate([tiles.ranks for tiles in parts])),
-            scale=self._to_device(np.concatenate([tiles.scale for tiles in parts])),
-            max_tiles=tuple(most_tiles.tolist()),
+    def _overlay_places(self, load: AdapterLoad, offset_F: np.ndarray) -> tuple[_OverlayPlace, ...]:
+        places = []
+        for info, blocks in zip(load.info.overlays, load.layout.overlays, strict=True):
+            offsets = offset_F[blocks.refs]
+            rows = PagedRows(
+                offsets=self._to_device(offsets),
+                block_offsets=tuple(offsets.tolist()),
+                rows_per_block=blocks.rows_per_block,
+                num_rows=info.num_rows,
+                width=info.width,
+            )
+            ids = None
+            if info.token_ids is not None:
+                ids = self._to_device(np.array(info.token_ids, dtype=np.int64))
+            places.append(_OverlayPlace(info.paths, rows, ids))
+        return tuple(places)
+
+    def _join(self, mixes: tuple[AdapterMix, ...]) -> TileTable | None:
+        """The table of segments of these mixes, without the segments' bounds."""
+        sums = {mix: self._sum(mix) for mix in dict.fromkeys(mixes) if mix}
+        if not any(tiles.num_tiles or tiles.has_gains for tiles in sums.values()):
+            return None
+        joined = join(self._num_sites, [sums.get(mix) for mix in mixes])
+        num_tiles = joined.ranges[:, :, 1] - joined.ranges[:, :, 0]
+        has_gains = (joined.gain_offset != NO_VECTOR).any(axis=(1, 2))
+        columns = {
+            name: self._to_device(column) for name, column in joined.columns._asdict().items()
+        }
+        return TileTable(
+            segments=torch.empty(0, dtype=torch.int32),
+            ranges=self._to_device(joined.ranges),
+            gain_offset=self._to_device(joined.gain_offset),
+            max_tiles=tuple(num_tiles.max(axis=1).tolist()),
+            has_gains=tuple(has_gains.tolist()),
+            **columns,
         )
+
+    def _sum(self, mix: AdapterMix) -> AdapterTiles:
+        residents = [(self._residents[key], weight) for key, weight in mix]
+        is_single = len(mix) == 1 and mix[0][1] == 1.0
+        assert is_single or not any(resident.overlays for resident, _ in residents), (
+            "adapters with overlays cannot be summed"
+        )
+        return weighted_sum([(resident.tiles, weight) for resident, weight in residents])
+
+    def _find_overlays(self, segments: tuple[Segment, ...]) -> Overlays:
+        found: dict[str, list[Overlay]] = {}
+        end = 0
+        for mix, num_tokens in segments:
+            begin, end = end, end + num_tokens
+            if len(mix) != 1 or num_tokens == 0:
+                continue
+            for place in self._residents[mix[0][0]].overlays:
+                overlay = Overlay(begin, end, place.rows, place.token_ids)
+                for path in place.paths:
+                    found.setdefault(path, []).append(overlay)
+        return {path: tuple(overlays) for path, overlays in found.items()}
+
+    def _forget_batch(self) -> None:
+        self._joined, self._joined_mixes = None, ()
+        self._overlays.clear()
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._buffer.pool.device)
+
+
+def _block_offsets(packing: Packing, starts: Sequence[int]) -> list[int]:
+    """Where each block begins, in elements of the pool."""
+    return [starts[piece] + element for piece, element in packing.places]
+
+
+def _part(matrix: Tensor, block: Block) -> Tensor:
+    """The block's rows and columns of its tensor."""
+    rows = slice(block.first_row, block.first_row + block.num_rows)
+    columns = slice(block.first_column, block.first_column + block.num_columns)
+    return matrix[rows, columns]

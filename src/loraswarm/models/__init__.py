@@ -1,4 +1,5 @@
 """What is computed: a decoder described by its config, its weights, one forward pass of a Batch.
 
-Does not know requests, schedules or adapters. `config` and `families` import no torch.
+Does not know requests or schedules, and of adapters only tiles and rows that lie in pages. `config`
+and `families` import no torch.
 """

@@ -1,7 +1,7 @@
 """One decoder for every family: embeddings, layers, final norm, logits.
 
-Owns the base weights, which nothing writes after the loader. Knows neither adapters (layers/linear
-does) nor sequences; told by engine/model_runner to run a Batch, under torch.inference_mode.
+Owns the base weights, which nothing writes after the loader. Knows neither adapters (its layers do)
+nor sequences; told by engine/model_runner to run a Batch, under torch.inference_mode.
 Legend: T tokens, D hidden, V vocabulary, Z logit rows.
 """
 
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from loraswarm.core.base_shape import EMBEDDING, FINAL_NORM, LM_HEAD
 from loraswarm.models.batch import Batch
 from loraswarm.models.config import DecoderConfig
 from loraswarm.models.layers.attention import Attention
 from loraswarm.models.layers.backend import Backend
+from loraswarm.models.layers.embedding import Embedding
+from loraswarm.models.layers.head import LmHead
+from loraswarm.models.layers.linear import LoraLinear
 from loraswarm.models.layers.mlp import MLP
 from loraswarm.models.layers.norm import RMSNorm
 from loraswarm.models.layers.rope import RopeTable, Rotation
@@ -34,8 +37,14 @@ class DecoderLayer:
 
     def forward_(self, x_TD: Tensor, rotation: Rotation, batch: Batch) -> None:
         """Add this layer's updates to the residual stream, in place."""
-        x_TD.add_(self.attention.forward(self.input_norm.forward(x_TD), rotation, batch))
-        x_TD.add_(self.mlp.forward(self.post_norm.forward(x_TD), batch))
+        normed_TD = self.input_norm.forward(x_TD, batch.overlays, batch.pool)
+        x_TD.add_(self.attention.forward(normed_TD, rotation, batch))
+        normed_TD = self.post_norm.forward(x_TD, batch.overlays, batch.pool)
+        x_TD.add_(self.mlp.forward(normed_TD, batch))
+
+    def linears(self) -> tuple[LoraLinear, ...]:
+        """In the order of TARGETS, fused."""
+        return self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint names and tensors."""
@@ -47,21 +56,32 @@ class Decoder:
     """A causal language model. Built with uninitialised weights; `models/loader` fills them.
 
     With tied embeddings `lm_head` holds `embedding_VD` itself until it is packed, which makes it a
-    second copy: looking up rows needs them in order.
+    second copy: looking up rows needs them in order. `weight` and `bias` are the BaseWeights that
+    methods are read with whose update depends on the base.
     """
 
     def __init__(self, backend: Backend, config: DecoderConfig) -> None:
         self.config = config
         self.embedding_VD = backend.allocate(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(backend, config, layer) for layer in range(config.num_layers)]
-        self.norm = RMSNorm(backend, "model.norm", config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(backend, FINAL_NORM, config.hidden_size, config.rms_norm_eps)
         lm_head_VD = self.embedding_VD
         if not config.ties_embeddings:
             lm_head_VD = backend.allocate(config.vocab_size, config.hidden_size)
         self.lm_head = Weight(lm_head_VD)
+        self.shape = shape = config.shape()
+        self.embedding = Embedding(backend, shape, self.embedding_VD)
+        self.head = LmHead(backend, shape, self.lm_head)
         self.rope = RopeTable(backend, config)
         self._num_bytes = self.rope.table_LE.nbytes
         self._num_bytes += sum(tensor.nbytes for _, tensor in self.weights())
+        self._linears = {
+            path: (linear, rows)
+            for layer in self.layers
+            for linear in layer.linears()
+            for path, rows in linear.parts()
+        }
+        self._unpacked: tuple[Weight, Tensor] | None = None
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of the batch's logit rows; K and V of all its tokens are now in its pages.
@@ -71,12 +91,13 @@ class Decoder:
                      attention probabilities stay in float32; logits are rounded to the weights'
                      dtype first.
         """
-        x_TD = F.embedding(batch.token_ids, self.embedding_VD)
+        self._unpacked = None
+        x_TD = self.embedding.forward(batch)
         rotation = self.rope.rotation(batch.positions)
         for layer in self.layers:
             layer.forward_(x_TD, rotation, batch)
-        last_ZD = self.norm.forward(x_TD[batch.logit_rows])
-        return self.lm_head.multiply(last_ZD).float()
+        last_ZD = self.norm.forward(x_TD[batch.logit_rows], batch.head_overlays, batch.pool)
+        return self.head.forward(last_ZD, batch)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor a checkpoint must hold: its name there and where its values go.
@@ -93,15 +114,41 @@ class Decoder:
 
     def matrices(self) -> list[Weight]:
         """Every weight that tokens are multiplied by, for packing."""
-        layers = [(layer.attention, layer.mlp) for layer in self.layers]
-        fused = [
-            linear
-            for attention, mlp in layers
-            for linear in (attention.qkv, attention.o, mlp.gate_up, mlp.down)
-        ]
-        return [*(linear.weight for linear in fused), self.lm_head]
+        linears = [linear for layer in self.layers for linear in layer.linears()]
+        return [*(linear.weight for linear in linears), self.lm_head]
+
+    def weight(self, path: str) -> Tensor:
+        """The weight at `path`, a linear, the embedding or the lm_head, in the base's dtype.
+
+        Shapes    [out, in]; of the embedding [V, D], a row for each token, as checkpoints have it.
+
+        Not to be written to. Rows of a packed weight are a copy: the last fused weight that was
+        unpacked is kept until another is asked for or a batch runs, so that the parts of one are
+        best asked for one after the other.
+        """
+        if path == EMBEDDING or (path == LM_HEAD and self.config.ties_embeddings):
+            return self.embedding_VD
+        if path == LM_HEAD:
+            return self._rows(self.lm_head)
+        assert path in self._linears, path
+        linear, rows = self._linears[path]
+        return self._rows(linear.weight)[rows]
+
+    def bias(self, path: str) -> Tensor | None:
+        """[out] of the linear at `path`, not to be written to; None if it has none."""
+        if path in (EMBEDDING, LM_HEAD):
+            return None
+        assert path in self._linears, path
+        linear, rows = self._linears[path]
+        return None if linear.bias_O is None else linear.bias_O[rows]
 
     def num_bytes(self) -> int:
         """Bytes of all weights and of the rope table, shared tensors once."""
         copies = self.config.ties_embeddings and self.lm_head.is_packed
         return self._num_bytes + (self.embedding_VD.nbytes if copies else 0)
+
+    def _rows(self, weight: Weight) -> Tensor:
+        if self._unpacked is None or self._unpacked[0] is not weight:
+            self._unpacked = None
+            self._unpacked = weight, weight.rows
+        return self._unpacked[1]

@@ -36,11 +36,12 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     body = await read_body(request, ChatBody)
     if body.stream and body.prompt_logprobs is not None:
         raise InvalidRequest("prompt_logprobs cannot be streamed", "prompt_logprobs")
+    chosen = service.choose(body.model, body.weighted_adapters())
     prompt = await chat_prompt(body, service.tokenizer)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     envelope = Envelope(kind, "chatcmpl", body)
     generation = plan_generation(
-        service, envelope.response_id, [prompt], chat_params(body), body.model, body.n
+        service, envelope.response_id, [prompt], chat_params(body), chosen, body.n
     )
     envelope.num_prompt_tokens = generation.num_prompt_tokens
     writer = _Writer(service, body, envelope)

@@ -18,7 +18,7 @@ from loraswarm.errors import InvalidRequest
 from loraswarm.server.errors import UNFINISHED, ReportedError
 from loraswarm.server.prompts import Prompt
 from loraswarm.server.sampling import choice_seed
-from loraswarm.server.service import Service
+from loraswarm.server.service import AdapterChoice, Service
 from loraswarm.text.generation import TextDelta, stream_text
 from loraswarm.text.tokenizer import check_token_ids
 
@@ -77,14 +77,13 @@ def plan_generation(
     response_id: str,
     prompts: Sequence[Prompt],
     params: SamplingParams,
-    model: str,
+    chosen: AdapterChoice,
     num_per_prompt: int,
 ) -> Generation:
     """One engine request for each prompt and choice.
 
-    Raises   InvalidRequest, UnknownAdapter or AdapterError before anything is submitted.
+    Raises   InvalidRequest before anything is submitted.
     """
-    adapter = service.adapter_of(model)
     _check(service, prompts, params, num_per_prompt)
     choices: list[Choice] = []
     for prompt in prompts:
@@ -94,7 +93,8 @@ def plan_generation(
                 request_id=f"{response_id}-{index}",
                 prompt_token_ids=prompt.token_ids,
                 params=dataclasses.replace(params, seed=choice_seed(params.seed, position)),
-                adapter=adapter,
+                adapter=chosen.adapter,
+                adapters=chosen.adapters,
                 arrival_s=time.monotonic(),
             )
             choices.append(Choice(index, prompt, request))

@@ -35,10 +35,11 @@ async def create_completion(service: Service, request: Request) -> Response:
     if body.stream and body.prompt_logprobs is not None:
         raise InvalidRequest("prompt_logprobs cannot be streamed", "prompt_logprobs")
     vocab_size = service.client.info.vocab_size
+    chosen = service.choose(body.model, body.weighted_adapters())
     prompts = await completion_prompts(body, service.tokenizer, vocab_size)
     envelope = Envelope("text_completion", "cmpl", body)
     generation = plan_generation(
-        service, envelope.response_id, prompts, completion_params(body), body.model, body.n
+        service, envelope.response_id, prompts, completion_params(body), chosen, body.n
     )
     envelope.num_prompt_tokens = generation.num_prompt_tokens
     writer = _Writer(service, body, envelope)

@@ -35,10 +35,18 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
+class AdapterEntry(_Strict):
+    """One adapter of a weighted sum."""
+
+    name: str
+    weight: float = 1.0
+
+
 class GenerationBody(_Strict):
     """What both endpoints accept. A field left at None takes the default of SamplingParams."""
 
     model: str
+    adapters: list[AdapterEntry] = []
     n: Annotated[int, Field(ge=1, le=128)] = 1
     best_of: int | None = None
     stream: bool = False
@@ -61,6 +69,10 @@ class GenerationBody(_Strict):
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = None
     return_token_ids: bool = False
+
+    def weighted_adapters(self) -> list[tuple[str, float]]:
+        """(name, weight) of each entry of `adapters`."""
+        return [(entry.name, entry.weight) for entry in self.adapters]
 
     @property
     def includes_usage(self) -> bool:

@@ -5,12 +5,23 @@ Knows nothing about HTTP. Made once by `create_app`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from loraswarm.core.client import EngineClient
-from loraswarm.errors import AdapterError, UnknownAdapter
+from loraswarm.core.request import check_adapters
+from loraswarm.errors import AdapterError, InvalidRequest, UnknownAdapter
 from loraswarm.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChoice:
+    """What a request is answered with: one adapter, a weighted sum of several, or (neither) the
+    base model."""
+
+    adapter: str | None = None
+    adapters: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,26 @@ class Service:
         if refusal is not None:
             raise AdapterError(f"model {model!r} is not served: {refusal}")
         return model
+
+    def choose(self, model: str, adapters: Sequence[tuple[str, float]]) -> AdapterChoice:
+        """What `model` and the field `adapters` name together.
+
+        Raises   as `adapter_of`; InvalidRequest if `model` names an adapter besides the list.
+        """
+        adapter = self.adapter_of(model)
+        if not adapters:
+            return AdapterChoice(adapter)
+        if adapter is not None:
+            raise InvalidRequest(
+                f"adapters is given and model is {model!r}, an adapter itself; let model be"
+                f" {self.client.info.model!r} to combine those of the list",
+                "adapters",
+            )
+        for name, _ in adapters:
+            if self.adapter_of(name) is None:
+                raise InvalidRequest(f"adapters names {name!r}, the base model", "adapters")
+        check_adapters(tuple(adapters))
+        return AdapterChoice(adapters=tuple(adapters))
 
     @cached_property
     def _refusals(self) -> dict[str, str | None]:

@@ -1,27 +1,33 @@
 """LoRA as PEFT saves it, and its variants.
 
-Knows tensor names and what a config means for them. Called through adapters/methods.
-Legend: R rank, I in features, O out features.
+Owns what is refused when file and config disagree; the rest is in lora_config (keys), lora_plan
+(modules and tensors) and lora_weights (values). Called through adapters/methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loraswarm.adapters.adapter import BaseWeights, ModuleInfo, ModuleWeights
+from loraswarm.adapters.adapter import BaseWeights
 from loraswarm.adapters.config_keys import CONFIG_FILE, ConfigKeys
 from loraswarm.adapters.methods.lora_config import LoraConfig, parse_lora_config
+from loraswarm.adapters.methods.lora_overlays import check_vocabulary
+from loraswarm.adapters.methods.lora_plan import LoraLayout, layout_of, matrix_names, matrix_shapes
 from loraswarm.adapters.plan import PREFIX, AdapterPlan, AdapterWeights
-from loraswarm.adapters.source import AdapterSource, TensorSpec
-from loraswarm.core.base_shape import EMBEDDING, LM_HEAD, TARGETS, BaseShape
+from loraswarm.adapters.source import AdapterSource
+from loraswarm.core.base_shape import BaseShape
 from loraswarm.errors import AdapterError
 
 if TYPE_CHECKING:
     from loraswarm.adapters.tensors import TensorReader
 
-_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+# The name of PEFT's first adapter, which it also finds in the names of tensors.
+DEFAULT_NAME = "default"
+_PLAIN_ENDINGS = (".lora_A.weight", ".lora_embedding_A")
+_LAYER = re.compile(re.escape(PREFIX) + r"model\.layers\.(\d+)\.")
 
 
 class Lora:
@@ -29,88 +35,87 @@ class Lora:
 
     def plan(self, keys: ConfigKeys, shape: BaseShape, source: AdapterSource) -> AdapterPlan:
         """See `Method`."""
-        config = parse_lora_config(keys)
-        plan = _plan(config, shape)
-        _check_ranks(plan, config, shape, source)
-        return plan
+        found = {name: spec.shape for name, spec in source.tensors.items()}
+        layout = _layout(keys, shape, found)
+        plan = layout.plan
+        if found != plan.tensor_shapes:
+            _check_shapes(layout, shape, source)
+            check_vocabulary(source, {**plan.tensor_shapes, **plan.copies}, shape)
+        present = {name: size for name, size in plan.copies.items() if name in found}
+        return replace(plan, copies=present)
 
     def read(
         self, plan: AdapterPlan, keys: ConfigKeys, tensors: TensorReader, base: BaseWeights
     ) -> AdapterWeights:
         """See `Method`."""
-        return AdapterWeights(
-            tuple(
-                _read_module(module, base.shape.site_path(module.site), tensors)
-                for module in plan.modules
-            )
-        )
+        # Imported here: planning must not need torch.
+        from loraswarm.adapters.methods.lora_weights import read_lora
+
+        layout = _layout(keys, base.shape, plan.tensor_shapes)
+        return read_lora(layout, plan.copies, tensors, base)
 
 
-def tensor_names(path: str) -> tuple[str, str]:
-    """Names of A [rank, in] and B [out, rank] of the linear at `path`, as PEFT saves them."""
-    return PREFIX + path + _SUFFIXES[0], PREFIX + path + _SUFFIXES[1]
+def _layout(keys: ConfigKeys, shape: BaseShape, found: Mapping[str, tuple[int, ...]]) -> LoraLayout:
+    config = parse_lora_config(keys)
+    if _has_adapter_name(found):
+        config = replace(config, name_infix=DEFAULT_NAME)
+    if config.variant == "qalora" and not _has_groups(config, shape, found):
+        # PEFT groups the inputs of quantised bases only; on others the key does nothing.
+        config = replace(config, variant="")
+    return layout_of(config, shape)
 
 
-@lru_cache(maxsize=256)
-def _plan(config: LoraConfig, shape: BaseShape) -> AdapterPlan:
-    """A few milliseconds for a new config; nothing for one seen before."""
-    for path in (EMBEDDING, LM_HEAD):
-        if config.selection.selects(path):
-            raise AdapterError(
-                f"{CONFIG_FILE}: target_modules selects {path!r}, which cannot be adapted yet;"
-                f" linears that can: {', '.join(TARGETS)}"
-            )
-    modules = []
+def _has_adapter_name(names: Iterable[str]) -> bool:
+    """Whether tensors are named as in the model itself, which PEFT loads as well."""
+    named = [name for name in names if f".{DEFAULT_NAME}" in name]
+    return bool(named) and not any(name.endswith(_PLAIN_ENDINGS) for name in names)
+
+
+def _has_groups(config: LoraConfig, shape: BaseShape, found: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether any A of the file has one column for each group of inputs."""
     for site in range(shape.num_linears):
-        path = shape.site_path(site)
-        if config.selection.selects(path):
-            modules.append(ModuleInfo(site, config.rank_of(path), config.scale_of(path)))
-    if not modules:
-        raise AdapterError(
-            f"{CONFIG_FILE}: target_modules selects no linear of the base"
-            f" ({shape.num_layers} layers of {', '.join(TARGETS)})"
-        )
-    return AdapterPlan(config.method, tuple(modules), _tensor_shapes(modules, shape))
+        name_a, _ = matrix_names(config, shape.site_path(site))
+        if name_a in found:
+            return found[name_a][-1:] != shape.site_sizes(site)[:1]
+    return False
 
 
-def _tensor_shapes(modules: list[ModuleInfo], shape: BaseShape) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for module in modules:
-        in_size, out_size = shape.site_sizes(module.site)
-        name_a, name_b = tensor_names(shape.site_path(module.site))
-        shapes[name_a] = (module.rank, in_size)
-        shapes[name_b] = (out_size, module.rank)
-    return shapes
-
-
-def _check_ranks(
-    plan: AdapterPlan, config: LoraConfig, shape: BaseShape, source: AdapterSource
-) -> None:
+def _check_shapes(layout: LoraLayout, shape: BaseShape, source: AdapterSource) -> None:
     """Another rank than the config's, or another base's sizes, get a message of their own."""
-    found = source.tensors
-    if _shapes(found) == plan.tensor_shapes:
-        return
-    for module in plan.modules:
+    config, found = layout.config, source.tensors
+    _check_layers(found, shape, source.label)
+    for module in layout.plan.modules:
         path = shape.site_path(module.site)
-        in_size, out_size = shape.site_sizes(module.site)
-        name_a, name_b = tensor_names(path)
-        if name_a not in found or name_b not in found:
+        name_a, name_b = matrix_names(config, path)
+        if module.rank == 0 or name_a not in found or name_b not in found:
             continue
+        wide_a, wide_b = matrix_shapes(config, shape, module.site)
         shape_a, shape_b = found[name_a].shape, found[name_b].shape
-        if len(shape_a) != 2 or shape_a[1] != in_size:
-            raise _shape_error(source, name_a, shape_a, f"[rank, {in_size}]")
-        if len(shape_b) != 2 or shape_b[0] != out_size:
-            raise _shape_error(source, name_b, shape_b, f"[{out_size}, rank]")
-        for name, rank in ((name_a, shape_a[0]), (name_b, shape_b[1])):
-            if rank != module.rank:
+        if len(shape_a) != 2 or (module.site < shape.num_linears and shape_a[1] != wide_a[1]):
+            raise _shape_error(source, name_a, shape_a, f"[rank, {wide_a[1]}]")
+        if len(shape_b) != 2 or (module.site < shape.num_linears and shape_b[0] != wide_b[0]):
+            raise _shape_error(source, name_b, shape_b, f"[{wide_b[0]}, rank]")
+        for name, rank, expected in (
+            (name_a, shape_a[0], wide_a[0]),
+            (name_b, shape_b[1], wide_b[1]),
+        ):
+            if rank != expected:
+                blocks = " in blocks" if expected != config.rank_of(path) else ""
                 raise AdapterError(
                     f"{source.label}: tensor {name!r} has rank {rank},"
-                    f" but {config.rank_source(path)} in {CONFIG_FILE} is {module.rank}"
+                    f" but {config.rank_source(path)} in {CONFIG_FILE} is"
+                    f" {config.rank_of(path)}{blocks}"
                 )
 
 
-def _shapes(tensors: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
-    return {name: spec.shape for name, spec in tensors.items()}
+def _check_layers(names: Iterable[str], shape: BaseShape, label: str) -> None:
+    for name in names:
+        match = _LAYER.match(name)
+        if match is not None and int(match[1]) >= shape.num_layers:
+            raise AdapterError(
+                f"{label}: tensor {name[:200]!r} would not be applied: this base has"
+                f" {shape.num_layers} layers; the adapter belongs to another base model"
+            )
 
 
 def _shape_error(
@@ -120,9 +125,3 @@ def _shape_error(
         f"{source.label}: tensor {name!r} has shape {list(found)}; this base needs {expected}."
         " The adapter belongs to another base model"
     )
-
-
-def _read_module(module: ModuleInfo, path: str, tensors: TensorReader) -> ModuleWeights:
-    name_a, name_b = tensor_names(path)
-    a_RI, b_OR = tensors.cast(name_a), tensors.cast(name_b)
-    return ModuleWeights(module, a_RI, b_OR.t().contiguous())

@@ -1,66 +1,116 @@
 """The config of a LoRA adapter, checked key by key: what the update is, or why it is refused.
 
 Knows no tensors and no base. Called by adapters/methods/lora.
+Source    peft 0.21: tuners/lora/config.py; which keys go together: tuners/lora/layer.py.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from loraswarm.adapters.config_keys import SELECTION_KEYS, ConfigKeys, shortened
+from loraswarm.adapters.config_keys import CONFIG_FILE, SELECTION_KEYS, ConfigKeys, shortened
 from loraswarm.adapters.module_selection import ModuleSelection, find_pattern
+from loraswarm.errors import AdapterError
 
-READ_KEYS = SELECTION_KEYS | {
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "init_lora_weights",
-    "bias",
+# Each names the method it makes of LoRA; PEFT allows one at a time.
+VARIANTS = {
+    "use_dora": "dora",
+    "use_bdlora": "bdlora",
+    "use_qalora": "qalora",
+    "alora_invocation_tokens": "alora",
+    "velora_config": "velora",
+    "monteclora_config": "monteclora",
 }
+READ_KEYS = (
+    SELECTION_KEYS
+    | VARIANTS.keys()
+    | {
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "init_lora_weights",
+        "bias",
+        "lora_bias",
+        "modules_to_save",
+        "trainable_token_indices",
+        "ensure_weight_tying",
+        "qalora_group_size",
+    }
+)
 # About training, or in effect only together with a key that is read or refused.
 INERT_KEYS = frozenset(
     {
         "corda_config",
-        "ensure_weight_tying",
         "eva_config",
         "loftq_config",
         "lora_dropout",
         "lora_ga_config",
         "megatron_core",
-        "qalora_group_size",
         "runtime_config",
     }
 )
 REFUSED_KEYS = {
-    "alora_invocation_tokens": "activated LoRA is not supported yet",
-    "arrow_config": "routing between adapters is not supported",
+    "arrow_config": "it routes between adapters; serve those adapters, one for each request",
     "fan_in_fan_out": "the base stores weights as [out, in]; save the adapter with it set to false",
-    "kasa_config": "KaSA changes the base weights, which other adapters share",
-    "layer_replication": "it changes the depth of the base, which other adapters share",
-    "lora_bias": "a bias in lora_B is not supported yet",
+    "kasa_config": "KaSA changes the base weights, which other adapters share; merge it with PEFT's"
+    " merge_and_unload and serve the result as a base",
+    "layer_replication": "it changes the depth of the base, which other adapters share; merge it"
+    " into a base of its own",
     "megatron_config": "Megatron layers are not supported; save the adapter for transformers",
-    "modules_to_save": "fully trained modules are not supported; train without modules_to_save",
-    "monteclora_config": "MonteCLoRA is not supported yet",
-    "target_parameters": "adapted parameters outside linear modules are not supported yet",
-    "trainable_token_indices": "trained token embeddings are not supported yet",
-    "use_bdlora": "block-diagonal LoRA is not supported yet",
-    "use_dora": "DoRA is not supported yet",
-    "use_qalora": "QALoRA is not supported yet",
-    "velora_config": "VeLoRA is not supported yet",
+    "target_parameters": "it adapts parameters outside of linear modules; train with"
+    " target_modules, or merge it with PEFT's merge_and_unload",
 }
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
-CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
+# Their base was changed in a way that follows from its weights alone.
+DECOMPOSED_INITS = ("pissa", "olora")
+CONVERTIBLE_INITS = ("pissa", "corda", "lora_ga")
+BIASES = ("none", "all", "lora_only")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDiagonal:
+    """Options of BD-LoRA: paths with one of `a_names` in them have a block-diagonal A, and so on.
+
+    A block-diagonal matrix is stored as its blocks, one above the other.
+    """
+
+    a_names: tuple[str, ...]
+    b_names: tuple[str, ...]
+    num_blocks: int
+    is_strict: bool
+
+    def side(self, path: str) -> str:
+        """Which matrix of the module at `path` is block-diagonal: "A", "B", or "" for none.
+
+        Raises    AdapterError where PEFT would not load it.
+        """
+        in_a = any(name in path for name in self.a_names)
+        in_b = any(name in path for name in self.b_names)
+        if in_a and in_b:
+            raise AdapterError(
+                f"{CONFIG_FILE}: use_bdlora names {path!r} for block-diagonal A and B; only one can"
+                " be"
+            )
+        if self.is_strict and not (in_a or in_b):
+            raise AdapterError(
+                f"{CONFIG_FILE}: use_bdlora names {path!r} neither for block-diagonal A nor B;"
+                " set its match_strict to false if that is meant"
+            )
+        return "A" if in_a else "B" if in_b else ""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """The update a config describes: B A x times a scale, for the selected modules.
+    """The update a config describes: B A x times a scale for the selected modules, and the rest.
 
     Patterns are (key, value) pairs in file order; the first that applies to a module wins.
+    `variant` is a value of VARIANTS or "". `decomposition` is one of DECOMPOSED_INITS or "".
+    `replaced` are modules_to_save; `token_ids` has the trained tokens by name of the module, ""
+    for the embedding. `name_infix` stands in tensor names where PEFT has the adapter's own name.
     """
 
     selection: ModuleSelection
@@ -69,13 +119,28 @@ class LoraConfig:
     is_rank_stabilized: bool
     rank_patterns: tuple[tuple[str, int], ...]
     alpha_patterns: tuple[tuple[str, float], ...]
+    variant: str = ""
+    decomposition: str = ""
+    bias: str = "none"
+    has_lora_bias: bool = False
+    replaced: tuple[str, ...] = ()
+    token_ids: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    ensures_tying: bool = False
+    invocation_tokens: tuple[int, ...] | None = None
+    block_diagonal: BlockDiagonal | None = None
+    group_size: int = 16
+    num_groups: int = 64
+    num_samples: int = 8
+    name_infix: str = ""
 
     @property
     def method(self) -> str:
-        return "rslora" if self.is_rank_stabilized else "lora"
+        """The name that listings show."""
+        plain = "rslora" if self.is_rank_stabilized else "lora"
+        return self.variant or self.decomposition or plain
 
     def rank_of(self, path: str) -> int:
-        """Rank of the module at `path`."""
+        """Rank of the module at `path`, as the file has it."""
         found = find_pattern(self.rank_patterns, path)
         return self.rank if found is None else found[1]
 
@@ -98,25 +163,92 @@ def parse_lora_config(keys: ConfigKeys) -> LoraConfig:
     Raises    AdapterError naming the key, its value and what to do.
     """
     keys.check(READ_KEYS, INERT_KEYS, REFUSED_KEYS)
-    if keys.get("bias", "none") != "none":
-        raise keys.refusal("bias", "trained biases are not supported yet; only 'none' is")
-    _check_init(keys, keys.get("init_lora_weights", True))
-    return LoraConfig(
-        selection=keys.selection(),
+    replaced = keys.name_list("modules_to_save")
+    velora, monteclora = keys.nested("velora_config"), keys.nested("monteclora_config")
+    config = LoraConfig(
+        selection=replace(keys.selection(), replaced=replaced),
         rank=keys.rank("r", 8),
         alpha=keys.number("lora_alpha", 8),
         is_rank_stabilized=keys.flag("use_rslora"),
         rank_patterns=keys.rank_patterns("rank_pattern"),
         alpha_patterns=keys.number_patterns("alpha_pattern"),
+        variant=_variant(keys),
+        decomposition=_decomposition(keys, keys.get("init_lora_weights", True)),
+        bias=_bias(keys),
+        has_lora_bias=keys.flag("lora_bias"),
+        replaced=replaced,
+        token_ids=_token_ids(keys),
+        ensures_tying=keys.flag("ensure_weight_tying"),
+        invocation_tokens=keys.token_ids("alora_invocation_tokens") or None,
+        block_diagonal=_block_diagonal(keys.nested("use_bdlora")),
+        group_size=keys.rank("qalora_group_size", 16),
+        num_groups=velora.rank("velora_config.num_groups", 64) if velora else 64,
+        num_samples=monteclora.rank("monteclora_config.num_samples", 8) if monteclora else 8,
     )
+    _check_combination(keys, config)
+    return config
 
 
-def _check_init(keys: ConfigKeys, init: Any) -> None:
+def _variant(keys: ConfigKeys) -> str:
+    # Empty invocation tokens are none; an empty sub-config is one with PEFT's defaults.
+    active = [
+        key
+        for key in VARIANTS
+        if keys.get(key) is not None and keys.get(key) is not False and keys.get(key) != []
+    ]
+    if len(active) > 1:
+        raise keys.refusal(active[1], f"PEFT does not combine it with {active[0]}; remove one")
+    for key in ("use_dora", "use_qalora"):
+        keys.flag(key)
+    return VARIANTS[active[0]] if active else ""
+
+
+def _bias(keys: ConfigKeys) -> str:
+    bias = keys.get("bias", "none")
+    if bias not in BIASES:
+        raise keys.refusal("bias", f"it must be one of {', '.join(BIASES)}")
+    return str(bias)
+
+
+def _token_ids(keys: ConfigKeys) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    key = "trainable_token_indices"
+    by_name = keys.nested(key) if isinstance(keys.get(key), dict) else None
+    if by_name is None:
+        listed = keys.token_ids(key)
+        return (("", listed),) if listed else ()
+    found = []
+    for label in by_name.values:
+        token_ids = by_name.token_ids(label)
+        if not token_ids:
+            raise by_name.refusal(label, "it must be a list of token ids")
+        found.append((label.removeprefix(f"{key}."), token_ids))
+    return tuple(found)
+
+
+def _block_diagonal(keys: ConfigKeys | None) -> BlockDiagonal | None:
+    if keys is None:
+        return None
+    prefix = "use_bdlora."
+    known = {"target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict"}
+    keys.check({prefix + name for name in known}, frozenset(), {})
+    a_names, b_names = (keys.name_list(f"{prefix}target_modules_bd_{side}") for side in ("a", "b"))
+    if not a_names and not b_names:
+        raise AdapterError(
+            f"{CONFIG_FILE}: use_bdlora names no block-diagonal matrices: set"
+            " target_modules_bd_a or target_modules_bd_b, or use_bdlora to null"
+        )
+    num_blocks = keys.rank(f"{prefix}nblocks", 1)
+    return BlockDiagonal(a_names, b_names, num_blocks, keys.flag(f"{prefix}match_strict", True))
+
+
+def _decomposition(keys: ConfigKeys, init: Any) -> str:
     if init is None or isinstance(init, bool):
-        return
+        return ""
     name = init.lower() if isinstance(init, str) else ""
     if name in PLAIN_INITS:
-        return
+        return ""
+    if name in DECOMPOSED_INITS:
+        return name
     if name.startswith(CONVERTIBLE_INITS):
         advice = (
             "it changed the base weights; save the adapter as plain LoRA with PEFT's"
@@ -125,5 +257,27 @@ def _check_init(keys: ConfigKeys, init: Any) -> None:
     elif name == "loftq":
         advice = "it belongs to a quantised base, not to this one; train it on the base as it is"
     else:
-        advice = f"it must be true, false or one of {', '.join(PLAIN_INITS)}"
+        advice = f"it must be true, false or one of {', '.join(PLAIN_INITS + DECOMPOSED_INITS)}"
     raise keys.refusal("init_lora_weights", advice)
+
+
+def _check_combination(keys: ConfigKeys, config: LoraConfig) -> None:
+    """Refuse what PEFT does not combine, and what one segment of tokens cannot express."""
+    if config.has_lora_bias and (config.variant in ("dora", "qalora") or config.decomposition):
+        other = config.variant or config.decomposition
+        raise keys.refusal("lora_bias", f"PEFT does not combine it with {other}; set it to false")
+    if config.variant != "alora":
+        return
+    reasons = {
+        "bias": config.bias != "none",
+        "init_lora_weights": bool(config.decomposition),
+        "modules_to_save": bool(config.replaced),
+        "trainable_token_indices": bool(config.token_ids),
+    }
+    for key, is_on in reasons.items():
+        if is_on:
+            raise keys.refusal(
+                key,
+                "with alora_invocation_tokens it would also act before the invocation; train the"
+                " adapter without it",
+            )

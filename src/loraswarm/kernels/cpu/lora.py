@@ -7,21 +7,19 @@ is measured at start, per dtype. Called through kernels/cpu.
 from __future__ import annotations
 
 import sys
-from functools import cache
 from itertools import pairwise
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from loraswarm.kernels import MAX_TILE_RANKS, TileTable, reference
 from loraswarm.kernels.cpu.arrays import bits, flat_bits
-from loraswarm.kernels.cpu.expand import expand
+from loraswarm.kernels.cpu.expand import Rows, expand
 from loraswarm.kernels.cpu.jit import threads
 from loraswarm.kernels.cpu.prefill import expand_long_, shrink_long
 from loraswarm.kernels.cpu.shrink import shrink
-from loraswarm.kernels.cpu.tiles import Limits, TileArrays
+from loraswarm.kernels.cpu.table import last_table
+from loraswarm.kernels.cpu.tiles import Limits
 
 
 class Crossover:
@@ -53,7 +51,8 @@ def lora_shrink(
     h_QTR = torch.empty(num_parts, num_tokens, num_columns, dtype=torch.float32)
     if h_QTR.numel() == 0:
         return h_QTR
-    arrays = _tile_arrays(pool, tiles, tiles.a_offset, first_site, (in_features,) * num_parts)
+    widths = (in_features,) * num_parts
+    arrays = last_table.arrays(tiles).a_tiles(bits("pool", pool), first_site, widths)
     max_tokens = crossover.max_tokens(x_TI.dtype)
     limits = Limits(max_tokens, threads.wake(_num_products(tiles, h_QTR, in_features)))
     shrink(bits("x_TI", x_TI), h_QTR.numpy(), arrays, limits)
@@ -73,38 +72,22 @@ def lora_expand_(
     """See `kernels.reference.lora_expand_`."""
     reference.check_expand(y_TO, h_QTR, pool, tiles, out_bounds)
     reference.check_sites(tiles, first_site, len(out_bounds) - 1)
-    if h_QTR.numel() == 0:
+    if y_TO.numel() == 0 or not tiles.changes(first_site, len(out_bounds) - 1):
         return
     widths = tuple(high - low for low, high in pairwise(out_bounds))
-    arrays = _tile_arrays(pool, tiles, tiles.bt_offset, first_site, widths)
+    table = last_table.arrays(tiles)
+    arrays = table.bt_tiles(bits("pool", pool), first_site, widths)
+    vectors = table.vectors(first_site, len(widths))
     max_tokens = crossover.max_tokens(y_TO.dtype)
     limits = Limits(max_tokens, threads.wake(_num_products(tiles, h_QTR, y_TO.shape[1])))
-    expand(flat_bits("y_TO", y_TO), y_TO.stride(0), h_QTR.numpy(), arrays, limits)
+    y_rows = Rows(flat_bits("y_TO", y_TO), y_TO.stride(0))
+    expand(y_rows, h_QTR.numpy(), arrays, vectors, limits)
     if y_TO.shape[0] > max_tokens:
         expand_long_(y_TO, h_QTR, pool, tiles, (first_site, out_bounds), max_tokens)
-
-
-def _tile_arrays(
-    pool: Tensor, tiles: TileTable, offset: Tensor, first_site: int, widths: tuple[int, ...]
-) -> TileArrays:
-    return TileArrays(
-        bits("pool", pool),
-        tiles.segments.numpy(),
-        tiles.ranges.numpy()[first_site : first_site + len(widths)],
-        offset.numpy(),
-        tiles.ranks.numpy(),
-        tiles.scale.numpy(),
-        _as_array(widths),
-    )
 
 
 def _num_products(tiles: TileTable, h_QTR: Tensor, width: int) -> int:
     """About how many numbers of the pool are multiplied; four tokens cost about as much as one."""
     num_parts, num_tokens, num_columns = h_QTR.shape
     num_segments = tiles.ranges.shape[1]
-    return num_parts * num_columns * width * max(num_segments, num_tokens // 4)
-
-
-@cache
-def _as_array(numbers: tuple[int, ...]) -> Any:
-    return np.array(numbers, np.int64)
+    return num_parts * max(num_columns, 1) * width * max(num_segments, num_tokens // 4)

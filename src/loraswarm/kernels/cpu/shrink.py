@@ -29,11 +29,12 @@ PIECE_ROWS = 4
 class Block(NamedTuple):
     """Bare pointers to up to 4 rows of A, to rows of x for some tokens, and to where h goes.
 
-    Rows of A and x follow each other after `width` elements, those of h after `h_stride`.
+    Rows of x follow each other after `width` elements, those of A and h after their strides.
     """
 
     x: Any
     a: Any
+    a_stride: int
     h: Any
     h_stride: int
     width: int
@@ -79,7 +80,8 @@ def _shrink_items(
         h_row = item.part * num_tokens + item.first_token
         block = Block(
             memory_of(x_TI, item.first_token * width),
-            memory_of(tiles.pool, tiles.offset[tile] + row * width),
+            memory_of(tiles.pool, tiles.offset[tile] + row * tiles.stride[tile]),
+            tiles.stride[tile],
             memory_of(h_QTR, h_row * num_columns + column),
             num_columns,
             width,
@@ -103,7 +105,7 @@ def _shrink_rows(block: Block) -> None:
     depend on its neighbours.
     """
     zero = zeros(LANES)
-    a_starts = _starts4(0, block.num_rows, block.width)
+    a_starts = _starts4(0, block.num_rows, block.a_stride)
     if block.num_tokens == 1:
         _store_totals(block, 0, _dot_rows(zero, block, a_starts))
         return
@@ -117,14 +119,14 @@ def _shrink_rows(block: Block) -> None:
 
 
 @inlined
-def _starts4(row: int, num_rows: int, width: int) -> Any:
+def _starts4(row: int, num_rows: int, stride: int) -> Any:
     """Where rows `row : row + 4` begin; the last row stands in for rows that do not exist."""
     last = num_rows - 1
     return (
-        row * width,
-        min(row + 1, last) * width,
-        min(row + 2, last) * width,
-        min(row + 3, last) * width,
+        row * stride,
+        min(row + 1, last) * stride,
+        min(row + 2, last) * stride,
+        min(row + 3, last) * stride,
     )
 
 

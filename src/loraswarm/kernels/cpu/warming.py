@@ -71,9 +71,15 @@ class LoraUpdate:
             ranges=torch.tensor([[[0, 1]]], dtype=torch.int32),
             a_offset=torch.tensor([0]),
             bt_offset=torch.tensor([16 * width]),
+            a_stride=torch.tensor([width]),
+            bt_stride=torch.tensor([width]),
             ranks=torch.tensor([16], dtype=torch.int32),
             scale=torch.tensor([1.0]),
+            u_offset=torch.tensor([-1]),
+            v_offset=torch.tensor([-1]),
+            gain_offset=torch.full((1, 1, 2), -1),
             max_tiles=(1,),
+            has_gains=(False,),
         )
 
     def shrink(self) -> torch.Tensor:

@@ -48,7 +48,7 @@ class Attention:
         qkv_TNE = self.qkv.forward(x_TD, batch).view(x_TD.shape[0], -1, self._head_size)
         qk_TNE, v_TKE = qkv_TNE[:, : self._num_qk_heads], qkv_TNE[:, self._num_qk_heads :]
         if self.qk_norm is not None:
-            qk_TNE = self.qk_norm.forward(qk_TNE)
+            qk_TNE = self.qk_norm.forward(qk_TNE, batch.overlays, batch.pool)
         rotation.apply_(qk_TNE)
         q_THE, k_TKE = qk_TNE[:, : self._num_heads], qk_TNE[:, self._num_heads :]
         kernels, pages = self._kernels, batch.pages

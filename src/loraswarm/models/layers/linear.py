@@ -1,7 +1,7 @@
 """The base linear and, on top of it, the tiles of each token's adapters.
 
-The only place in the models that knows adapters exist, and only as an optional tile table. Owns the
-fused weight of one or more target linears that read the same input.
+Knows adapters only as an optional tile table. Owns the fused weight of one or more target linears
+that read the same input.
 Legend: T tokens, I in features, O out features, Q parts of a fused linear.
 """
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
 
+import torch
 from torch import Tensor
 
 from loraswarm.core.base_shape import TARGETS, BaseShape, module_path
+from loraswarm.kernels import Kernels, TileTable
 from loraswarm.models.batch import Batch
 from loraswarm.models.layers.backend import Backend
 from loraswarm.models.layers.weight import Weight
@@ -45,10 +47,8 @@ class LoraLinear:
         """y [T, O] of x's dtype, a new tensor. x must be contiguous where the batch has tiles."""
         y_TO = self.weight.multiply(x_TI, self.bias_O)
         tiles = batch.tiles
-        if tiles is not None and tiles.part_tiles(self.first_site, self.num_parts) > 0:
-            h_QTR = self._kernels.lora_shrink(
-                x_TI, batch.pool, tiles, self.first_site, self.num_parts
-            )
+        if tiles is not None and tiles.changes(self.first_site, self.num_parts):
+            h_QTR = shrink(self._kernels, x_TI, batch.pool, tiles, self.first_site, self.num_parts)
             self._kernels.lora_expand_(
                 y_TO, h_QTR, batch.pool, tiles, self.first_site, self.out_bounds
             )
@@ -57,8 +57,26 @@ class LoraLinear:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint names and the slices of the fused tensors they fill (copies once packed)."""
         weight_OI = self.weight.rows
-        bounds = pairwise(self.out_bounds)
-        for path, (low, high) in zip(self._paths, bounds, strict=True):
-            yield f"{path}.weight", weight_OI[low:high]
+        for path, rows in self.parts():
+            yield f"{path}.weight", weight_OI[rows]
             if self.bias_O is not None:
-                yield f"{path}.bias", self.bias_O[low:high]
+                yield f"{path}.bias", self.bias_O[rows]
+
+    def parts(self) -> Iterator[tuple[str, slice]]:
+        """The path of each target and its rows of the fused weight."""
+        for path, (low, high) in zip(self._paths, pairwise(self.out_bounds), strict=True):
+            yield path, slice(low, high)
+
+
+def shrink(
+    kernels: Kernels,
+    x_TI: Tensor,
+    pool: Tensor,
+    tiles: TileTable,
+    first_site: int,
+    num_parts: int,
+) -> Tensor:
+    """What `lora_expand_` reads: h [Q, T, R] float32; R is 0 where there are gains but no tiles."""
+    if tiles.part_tiles(first_site, num_parts) == 0:
+        return x_TI.new_empty(num_parts, x_TI.shape[0], 0, dtype=torch.float32)
+    return kernels.lora_shrink(x_TI, pool, tiles, first_site, num_parts)

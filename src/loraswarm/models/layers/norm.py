@@ -1,6 +1,7 @@
 """Root-mean-square normalisation, rounded where transformers rounds.
 
-Legend: T tokens, N heads, D the normalised width.
+A batch's overlays may hold another weight for some of its tokens, by the norm's path.
+Legend: T tokens, H query heads, K kv heads, N = H + K, E head size, D the normalised width.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from loraswarm.kernels.overlay import Overlay, Overlays, row_blocks
 from loraswarm.models.layers.backend import Backend
 
 
@@ -21,6 +23,20 @@ def normalize(x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], None, eps)
 
 
+def scale_(x: Tensor, weight_D: Tensor, overlays: tuple[Overlay, ...], pool: Tensor) -> None:
+    """Multiply the columns of every token by the weight, or by its overlay's row; in place.
+
+    Shapes    x [T, D] or [T, N, D]; weight [D]; an overlay's rows [1, D].
+    """
+    if not overlays:
+        x.mul_(weight_D)
+        return
+    weights = weight_D.repeat(x.shape[0], *[1] * (x.dim() - 1))
+    for overlay in overlays:
+        weights[overlay.begin : overlay.end] = row_blocks(pool, overlay.rows)[0]
+    x.mul_(weights)
+
+
 class RMSNorm:
     """`normalize`, then a learned factor for each column: a second rounding, as in transformers."""
 
@@ -29,9 +45,11 @@ class RMSNorm:
         self._eps = eps
         self._path = path
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] of x's dtype, a new tensor."""
-        return normalize(x_TD, self._eps).mul_(self.weight_D)
+    def forward(self, x_TD: Tensor, overlays: Overlays, pool: Tensor) -> Tensor:
+        """[T, D] of x's dtype, a new tensor. Ranges of `overlays` count rows of x."""
+        x_TD = normalize(x_TD, self._eps)
+        scale_(x_TD, self.weight_D, overlays.get(self._path, ()), pool)
+        return x_TD
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint name and tensor."""
@@ -49,16 +67,17 @@ class QKNorm:
         self.k_weight_E = backend.allocate(size)
         self._num_heads = num_heads
         self._eps = eps
-        self._path = path
+        self._q_path, self._k_path = f"{path}.q_norm", f"{path}.k_norm"
 
-    def forward(self, qk_TNE: Tensor) -> Tensor:
+    def forward(self, qk_TNE: Tensor, overlays: Overlays, pool: Tensor) -> Tensor:
         """[T, N, E] of qk's dtype, a new tensor."""
         qk_TNE = normalize(qk_TNE, self._eps)
-        qk_TNE[:, : self._num_heads].mul_(self.q_weight_E)
-        qk_TNE[:, self._num_heads :].mul_(self.k_weight_E)
+        q_THE, k_TKE = qk_TNE[:, : self._num_heads], qk_TNE[:, self._num_heads :]
+        scale_(q_THE, self.q_weight_E, overlays.get(self._q_path, ()), pool)
+        scale_(k_TKE, self.k_weight_E, overlays.get(self._k_path, ()), pool)
         return qk_TNE
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint names and tensors."""
-        yield f"{self._path}.q_norm.weight", self.q_weight_E
-        yield f"{self._path}.k_norm.weight", self.k_weight_E
+        yield f"{self._q_path}.weight", self.q_weight_E
+        yield f"{self._k_path}.weight", self.k_weight_E

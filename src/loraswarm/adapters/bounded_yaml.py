@@ -1,0 +1,65 @@
+"""YAML that can neither run code nor grow: plain values, no aliases, bounded depth and size.
+
+Knows nothing about what the values mean. Called by adapters/nemo_config.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from loraswarm.errors import AdapterError
+
+try:
+    from yaml import CSafeLoader as _SafeLoader
+except ImportError:
+    from yaml import SafeLoader as _SafeLoader  # type: ignore[assignment]
+
+MAX_YAML_BYTES = 256 * 1024
+MAX_DEPTH = 32
+MAX_EVENTS = 50_000
+
+
+class _StrictLoader(_SafeLoader):
+    """Refuses a mapping that names a key twice, where YAML libraries take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in names:
+                raise yaml.YAMLError(f"key {key.value[:80]!r} stands there twice")
+            names.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: bytes, label: str) -> dict[str, Any]:
+    """The mapping that a whole YAML document is.
+
+    Raises    AdapterError naming `label` and what is wrong.
+    """
+    if len(text) > MAX_YAML_BYTES:
+        raise AdapterError(f"{label} has {len(text)} bytes; at most {MAX_YAML_BYTES}")
+    try:
+        _check_events(text)
+        values = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise AdapterError(f"{label} cannot be read as YAML: {reason}") from None
+    if not isinstance(values, dict):
+        raise AdapterError(f"{label} is not a YAML mapping")
+    return values
+
+
+def _check_events(text: bytes) -> None:
+    """Before anything is built: an alias may stand for a structure of exponential size."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=_SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read; write the values out")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH or count > MAX_EVENTS:
+            raise yaml.YAMLError(f"it has more than {MAX_DEPTH} levels or {MAX_EVENTS} items")
