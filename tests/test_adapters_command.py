@@ -195,7 +195,7 @@ def test_no_served_method_is_refused_with_or_without_its_base(tmp_path, capsys, 
     assert code == 0
     verdicts = {name: row["verdict"] for name, row in rows.items()}
     assert set(verdicts.values()) == {"ok", "needs_model"}
-    for name in ("lora", "rslora", "lora-bias", "adalora"):
+    for name in ("lora", "rslora", "lora-bias", "adalora", "alora"):
         assert verdicts[name] == "ok", name
     for name in ("dora", "pissa", "vera", "lm-head", "trained-tokens"):
         assert verdicts[name] == "needs_model", name

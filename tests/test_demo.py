@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from adapter_factory import peft_warnings_ignored
 from loraswarm.demo import adapter_names, adapters_path, base_path, heldout
@@ -63,18 +65,36 @@ def replies():
     return dict(zip(asks, found, strict=True))
 
 
-def test_there_are_five_adapters_or_more_of_different_ranks_and_targets():
-    import json
+def configs():
+    """Every adapter's config by its name."""
+    return {
+        name: json.loads((adapters_path() / name / "adapter_config.json").read_text())
+        for name in NAMES
+    }
 
-    configs = [
-        json.loads((adapters_path() / name / "adapter_config.json").read_text()) for name in NAMES
-    ]
-    assert len(NAMES) >= 5
-    assert len({config["r"] for config in configs}) >= 3
-    assert min(config["r"] for config in configs) <= 4
-    assert max(config["r"] for config in configs) >= 32
-    assert len({str(config["target_modules"]) for config in configs}) >= 3
-    assert any(config["use_rslora"] for config in configs)
+
+def test_there_are_eight_adapters_of_different_ranks_and_targets():
+    loras = [config for config in configs().values() if config["peft_type"] == "LORA"]
+    assert len(NAMES) == 8
+    assert len({config["r"] for config in loras}) >= 4
+    assert min(config["r"] for config in loras) <= 4
+    assert max(config["r"] for config in loras) >= 32
+    assert len({str(config["target_modules"]) for config in loras}) >= 3
+    assert any(config["use_rslora"] for config in loras)
+
+
+def test_one_adapter_is_a_dora_and_one_a_vera_that_brings_its_matrices():
+    dora = [name for name, config in configs().items() if config.get("use_dora")]
+    vera = [name for name, config in configs().items() if config["peft_type"] == "VERA"]
+    assert (dora, vera) == (["formal-reply"], ["tags"])
+    assert configs()["tags"]["save_projection"]
+    dora_keys = load_file(adapters_path() / "formal-reply" / "adapter_model.safetensors")
+    assert any(key.endswith("lora_magnitude_vector") for key in dora_keys)
+    vera_keys = load_file(adapters_path() / "tags" / "adapter_model.safetensors")
+    assert {"base_model.vera_A", "base_model.vera_B"} < set(vera_keys)
+
+
+def test_the_bundle_stays_small():
     files = [path for path in Path(base_path()).parent.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= MAX_DATA_BYTES
 

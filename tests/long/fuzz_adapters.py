@@ -135,16 +135,19 @@ class Fuzzer:
             path.unlink()
         for name, content in files.items():
             (self._directory / name).write_bytes(content)
+        message = None
         try:
             read_adapter_info(self._directory, "a", SHAPE)
             with open_source(self._directory) as source:
                 for name in source.tensors:
                     source.read(name)
         except AdapterError as error:
-            assert len(str(error)) < 2000, "a long message"
-            assert "\n" not in str(error), "a message of several lines"
-            return "refused"
-        return "read"
+            message = str(error)
+        if message is None:
+            return "read"
+        assert len(message) < 2000, "a long message"
+        assert "\n" not in message, "a message of several lines"
+        return "refused"
 
     def _saved(self, tensors: dict[str, torch.Tensor], kind: str) -> bytes:
         from safetensors.torch import save
@@ -174,7 +177,7 @@ class Fuzzer:
     def _with_yaml(self, index: int, text: bytes) -> Files:
         """Replaces the archive's first member, whose header has the size and a checksum."""
         archive = self._archives[index]
-        name = archive.index(YAML_MEMBER.encode(), archive.index(YAML_MEMBER.encode()) + 1)
+        name = archive.index(YAML_MEMBER.encode())
         name -= 2 if self._layouts[index].has_dot_prefix else 0
         header = bytearray(archive[name : name + 512])
         old_size = int(header[124:135], 8)

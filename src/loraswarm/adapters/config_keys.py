@@ -21,6 +21,7 @@ MAX_RANK = 1_000_000
 MAX_ALPHA = 1e30
 MAX_LAYER = 1_000_000
 MAX_TOKEN_ID = 2**31 - 1
+MAX_NAMES = 1000
 
 SELECTION_KEYS = frozenset(
     {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
@@ -134,6 +135,8 @@ class ConfigKeys:
         value = self.values.get(key) or []
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise self.refusal(key, "it must be a list of module names")
+        if len(value) > MAX_NAMES:
+            raise self.refusal(key, f"it has {len(value)} names; at most {MAX_NAMES} are read")
         for name in value:
             _check_expression(
                 f"{key}[{shortened(name)}]", module_selection.replaced_expression(name)

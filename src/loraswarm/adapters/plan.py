@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from loraswarm.adapters.adapter import ModuleInfo, ModuleWeights, OverlayInfo
-from loraswarm.adapters.source import FLOAT_DTYPES, TensorSpec
+from loraswarm.adapters.source import FLOAT_DTYPES, INDEX_DTYPES, TensorSpec
 from loraswarm.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class AdapterPlan:
     """What an adapter changes, and the shape of every tensor that takes; modules sorted by site.
 
     `index_tensors` are those among `tensor_shapes` that hold whole numbers instead of floats.
-    `copies` may be in the file and are not read: PEFT's copies of base weights.
+    `copies` may be in the file and change nothing: PEFT's copies of base weights, and what only
+    training looks at.
     """
 
     method: str
@@ -51,7 +52,7 @@ def check_tensors(plan: AdapterPlan, label: str, found: Mapping[str, TensorSpec]
     """Raise AdapterError, naming the tensor, unless the file holds exactly the planned ones."""
     expected = plan.tensor_shapes
     for name, spec in found.items():
-        allowed = ("I64", "I32") if name in plan.index_tensors else FLOAT_DTYPES
+        allowed = INDEX_DTYPES if name in plan.index_tensors else FLOAT_DTYPES
         if spec.dtype not in allowed:
             raise AdapterError(
                 f"{label}: tensor {name[:200]!r} is {spec.dtype}; supported: {', '.join(allowed)}"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # The name of PEFT's first adapter, which it also finds in the names of tensors.
 DEFAULT_NAME = "default"
 _PLAIN_ENDINGS = (".lora_A.weight", ".lora_embedding_A")
-_LAYER = re.compile(re.escape(PREFIX) + r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(re.escape(PREFIX) + r"model\.layers\.(\d{1,9})\.")
 
 
 class Lora:

@@ -58,18 +58,19 @@ def token_rows(
 
     Raises    AdapterError for a token that is listed twice or that the base does not have.
     """
+    seen: set[int] = set()
     for token_id in token_ids:
         if token_id >= shape.vocab_size:
             raise AdapterError(
                 f"{CONFIG_FILE}: the trained token {token_id} is none of this base's"
                 f" {shape.vocab_size} tokens; serve the base whose vocabulary was extended for it"
             )
-    if len(set(token_ids)) != len(token_ids):
-        twice = next(token for token in token_ids if list(token_ids).count(token) > 1)
-        raise AdapterError(
-            f"{CONFIG_FILE}: the trained token {twice} is listed twice; which row counts is not"
-            " defined"
-        )
+        if token_id in seen:
+            raise AdapterError(
+                f"{CONFIG_FILE}: the trained token {token_id} is listed twice; which row counts is"
+                " not defined"
+            )
+        seen.add(token_id)
     order = tuple(sorted(range(len(token_ids)), key=token_ids.__getitem__))
     ascending = tuple(token_ids[row] for row in order)
     size = (len(token_ids), shape.hidden_size)

@@ -119,7 +119,7 @@ def _spread(stacked: Tensor, num_blocks: int) -> Tensor:
     width = stacked.shape[1]
     spread = stacked.new_zeros(stacked.shape[0], width * num_blocks)
     height = stacked.shape[0] // num_blocks
-    for index, block in enumerate(stacked.split(height)):
+    for index, block in enumerate(stacked.chunk(num_blocks)):
         rows = slice(index * height, (index + 1) * height)
         spread[rows, index * width : (index + 1) * width] = block
     return spread
