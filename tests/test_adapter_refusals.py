@@ -71,6 +71,8 @@ REFUSED_VALUES: list[tuple[str, Any, str]] = [
     ("arrow_config", {"top_k": 3}, "top_k"),
     ("kasa_config", {"beta": 1e-4}, "KaSA"),
     ("velora_config", True, "object"),
+    ("velora_config", {"brand_new": 1}, "velora_config.brand_new"),
+    ("monteclora_config", {"brand_new": 1}, "monteclora_config.brand_new"),
     ("velora_config", {"num_groups": 0}, "velora_config.num_groups"),
     ("monteclora_config", {"num_samples": "8"}, "monteclora_config.num_samples"),
     ("megatron_config", {"x": 1}, "Megatron"),

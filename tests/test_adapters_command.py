@@ -142,6 +142,15 @@ def test_a_named_base_that_cannot_be_read_is_no_fault_of_the_adapter(tmp_path, c
     assert "mamba" in rows["adapter"]["reason"]
 
 
+@pytest.mark.parametrize("named", ["x" * 5000, "a\0b", "", 7, ["."]])
+def test_a_base_that_is_no_directory_here_is_not_asked(tmp_path, capsys, shape, named):
+    overrides = {"base_model_name_or_path": named}
+    path = save_random_adapter(tmp_path / "adapter", shape, config_overrides=overrides)
+    code, rows = checked(capsys, path)
+    assert code == 0
+    assert rows["adapter"]["checked_against"] is None
+
+
 def test_without_a_base_sizes_come_from_the_tensors(tmp_path, capsys, shape):
     path = save_random_adapter(tmp_path / "alone", shape, rank=5, targets=["k_proj", "down_proj"])
     code, rows = checked(capsys, path)

@@ -106,6 +106,18 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "monteclora",
     ),
+    "velora of the lm_head": (
+        {"velora_config": {"num_groups": 7}, "target_modules": ["lm_head"]},
+        "velora",
+    ),
+    "monteclora under pissa": (
+        {
+            "monteclora_config": {"num_samples": 3, "buffer_size": 2},
+            "init_lora_weights": "pissa",
+            "target_modules": ["q_proj"],
+        },
+        "monteclora",
+    ),
     "mica": ({"init_lora_weights": "mica", "target_modules": ["q_proj"]}, "lora"),
     "qalora on a base that is not quantised": (
         {"use_qalora": True, "target_modules": ["q_proj"]},
@@ -170,7 +182,16 @@ def test_a_variant_gives_the_logits_of_peft(make_model, tmp_path, config, method
 @pytest.mark.parametrize(
     "targets", [["embed_tokens"], ["lm_head", "q_proj"], r".*(embed_tokens|q_proj)"]
 )
-@pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"use_rslora": True}])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"init_lora_weights": "orthogonal", "r": 4},
+        {"init_lora_weights": "mica"},
+    ],
+)
 def test_tied_tables_share_one_lora(tmp_path, targets, variant):
     model = biased_model(tied=True)
     patterns = {"alpha_pattern": {"lm_head": 5}}

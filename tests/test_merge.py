@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adapter_factory import load_peft_adapter
 from general_form import logits_of, save_peft
@@ -57,6 +57,17 @@ def test_a_merged_checkpoint_gives_the_logits_of_peft(tmp_path, variant):
     load_ours(merged, torch.float32, cpu)
 
 
+def test_only_what_the_adapter_changes_is_computed(tmp_path):
+    model = save_tiny_model(tmp_path / "model", "qwen2-tied")
+    adapter = save_adapter(model, tmp_path / "adapter", target_modules=["q_proj"])
+    result = merge(model, adapter, tmp_path / "merged", "auto", lambda line: None)
+    before, after = (load_file(path / "model.safetensors") for path in (model, tmp_path / "merged"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)}
+    assert (result.num_changed, result.num_tensors) == (2, len(before))
+    assert result.num_bytes == sum(tensor.nbytes for tensor in after.values())
+
+
 def test_weights_are_rounded_once_to_the_dtype_of_their_file(tmp_path):
     model = save_tiny_model(tmp_path / "model", dtype=torch.bfloat16)
     adapter = save_adapter(model, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
@@ -83,6 +94,29 @@ def test_another_dtype_is_written_on_request(tmp_path):
     merged = run(model, adapter, tmp_path / "merged", "float32")
     assert {t.dtype for t in load_file(merged / "model.safetensors").values()} == {torch.float32}
     assert json.loads((merged / "config.json").read_text())["dtype"] == "float32"
+    check_equals_peft(model, adapter, merged, torch.float32)
+
+
+def test_every_spelling_of_the_dtype_in_the_config_is_set(tmp_path):
+    model = save_tiny_model(tmp_path / "model", dtype=torch.bfloat16)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    adapter = save_adapter(model, tmp_path / "adapter")
+    run(model, adapter, tmp_path / "merged", "float16")
+    merged = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert merged["dtype"] == merged["torch_dtype"] == "float16"
+
+
+def test_the_copy_of_a_tied_head_and_old_rope_tables_are_left_out(tmp_path):
+    model = save_tiny_model(tmp_path / "model", "qwen2-tied")
+    adapter = save_adapter(model, tmp_path / "adapter")
+    tensors = load_file(model / "model.safetensors")
+    names = tensors.keys() - {"lm_head.weight"}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    merged = run(model, adapter, tmp_path / "merged")
+    assert load_file(merged / "model.safetensors").keys() == names
     check_equals_peft(model, adapter, merged, torch.float32)
 
 

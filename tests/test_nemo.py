@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +353,18 @@ def test_a_rewritten_file_is_not_read_for_the_old_description(model, tmp_path):
         read_adapter(info, ModelBase(model), torch.float32)
 
 
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor_parallel=2)])
+def test_a_file_that_is_cut_short_while_it_is_open_is_refused_by_tensor(model, tmp_path, layout):
+    write_simple(tmp_path, model, layout=layout)
+    with open_source(tmp_path) as source:
+        os.truncate(tmp_path / "a.nemo", 4096)
+        for name in list(source.tensors)[-3:]:
+            with pytest.raises(AdapterError, match=f"cut short while tensor '{re.escape(name)}'"):
+                source.read(name)
+        with pytest.raises(AdapterError, match="cut short while tensor"):
+            source.content_digest(source.tensors)
+
+
 def test_a_distributed_checkpoint_is_refused_with_advice(model, tmp_path):
     config = nemo_config(shape_of(model), set(TARGETS), RANK, Layout())
     members = {
@@ -425,6 +439,7 @@ def test_the_catalog_serves_a_directory_with_one_nemo_file(model, tmp_path):
     catalog = catalog_of(tmp_path, model)
     assert list(catalog.served) == ["sql"]
     assert not catalog.refused
+    assert [row.file_format for row in catalog.summaries()] == ["nemo"]
     assert list(catalog_of(tmp_path / "sql", model).served) == ["sql"]
 
 
@@ -452,8 +467,6 @@ def test_a_nemo_file_of_another_base_is_refused(model, tmp_path):
 
 
 def test_a_checkpoint_that_runs_code_is_refused(model, tmp_path):
-    import os
-
     class Runs:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "marker"),)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import tracemalloc
 import zipfile
@@ -250,6 +251,27 @@ def test_a_zip_with_two_members_of_one_name_is_refused(directory):
     assert content.count(b"archive/data/X") == 2
     (directory / PICKLE_FILE).write_bytes(content.replace(b"archive/data/X", b"archive/data/0"))
     assert "two members named 'archive/data/0'" in refusal(directory)
+
+
+ZIP_LIES = {
+    "a comment": (20, b"\1\0", "not a zip"),
+    "more members": (10, b"\x63\0", "in several files|malformed zip directory"),
+    "another disk": (4, b"\1\0", "in several files"),
+    "a directory elsewhere": (16, b"\1\0\0\0", "malformed zip directory"),
+    "a directory of 2 GB": (12, b"\0\0\0\x80", "malformed zip directory"),
+    "a 64-bit end that is not there": (16, b"\xff\xff\xff\xff", "malformed zip directory"),
+}
+
+
+@pytest.mark.parametrize("case", ZIP_LIES)
+def test_a_zip_directory_that_lies_is_refused(directory, case):
+    place, lie, message = ZIP_LIES[case]
+    write_zip(directory, saved_members({"a": torch.ones(3)}))
+    content = bytearray((directory / PICKLE_FILE).read_bytes())
+    begin = len(content) - 22 + place
+    content[begin : begin + len(lie)] = lie
+    (directory / PICKLE_FILE).write_bytes(content)
+    assert re.search(message, refusal(directory))
 
 
 def test_a_zip64_directory_is_read(directory, monkeypatch):

@@ -165,7 +165,7 @@ class Fuzzer:
         index = rng.randrange(len(self._configs))
         config = json.loads(json.dumps(self._configs[index]))
         section = rng.choice([config, config["peft"], config["peft"]["lora_tuning"]])
-        section[rng.choice([*section, "new_key"])] = _value(rng)
+        section[rng.choice([*section, "new_key"])] = random_value(rng)
         text = yaml.safe_dump(json.loads(json.dumps(config)), allow_unicode=False)
         return self._with_yaml(index, text.encode())
 
@@ -196,7 +196,8 @@ class Fuzzer:
         return {NEMO_FILE: _mutated(packed, rng) if rng.random() < 0.9 else packed}
 
 
-def _value(rng: random.Random) -> Any:
+def random_value(rng: random.Random) -> Any:
+    """Any JSON value, mostly one that some key of a config takes."""
     value = rng.choice(VALUES)
     if rng.random() < 0.2:
         value = rng.choice([[value], {"q_proj": value}, {"k": [value]}])
@@ -208,7 +209,7 @@ def _spoil_config(rng: random.Random) -> Files:
     if rng.random() < 0.3:
         config["peft_type"] = rng.choice(PEFT_TYPES)
     for _ in range(rng.randint(1, 3)):
-        config[rng.choice([*CONFIG, "new_key", "layers_pattern", "init_r"])] = _value(rng)
+        config[rng.choice([*CONFIG, "new_key", "layers_pattern", "init_r"])] = random_value(rng)
     return {CONFIG_FILE: json.dumps(config).encode()}
 
 
@@ -220,11 +221,11 @@ def _spoil_header(files: Files, rng: random.Random) -> Files:
     name = rng.choice(list(header))
     match rng.randrange(4):
         case 0:
-            header[name][rng.choice(["dtype", "shape", "data_offsets", "new"])] = _value(rng)
+            header[name][rng.choice(["dtype", "shape", "data_offsets", "new"])] = random_value(rng)
         case 1:
             header[rng.choice([*header, "x", "\n"])] = header.pop(name)
         case 2:
-            header[name] = _value(rng)
+            header[name] = random_value(rng)
         case _:
             field = rng.choice(["shape", "data_offsets"])
             header[name][field][rng.randrange(2)] = rng.choice(VALUES)

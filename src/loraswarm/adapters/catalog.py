@@ -197,6 +197,7 @@ def _summary(info: AdapterInfo) -> AdapterSummary:
         max_rank=info.max_rank,
         num_bytes=info.num_bytes,
         digest=info.digest,
+        file_format=info.file_format,
     )
 
 

@@ -7,7 +7,6 @@ are never written to disk under their names. Opened through adapters/source.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 import tempfile
 import zlib
@@ -50,9 +49,8 @@ class NemoArchive(TensorFile):
     def __init__(self, label: str, original: BufferedReader, tar: BufferedReader) -> None:
         self._original = original
         members = read_tar(tar, label)
-        config_text = _read_config(tar, members, label)
-        config = parse_nemo_config(config_text, label)
-        self._parts = [config_text]
+        config = parse_nemo_config(_read_config(tar, members, label), label)
+        self._headers = [members[CONFIG_MEMBER]]
         stages = [
             [self._read_checkpoint(tar, members, name, label) for name in ranks]
             for ranks in _checkpoints(config, members, label)
@@ -78,14 +76,14 @@ class NemoArchive(TensorFile):
                 yield cls(path.name, original, tar)
 
     def digest(self) -> str:
-        """See `AdapterSource`; what the file says is taken as it was when it was opened."""
-        return digest_of(self._parts, self._original)
+        """See `AdapterSource`; config and pickles are read anew."""
+        return digest_of(map(self._read_again, self._headers), self._original)
 
     def _read_checkpoint(
         self, tar: BufferedReader, members: Mapping[str, Span], name: str, label: str
     ) -> Mapping[str, TensorEntry]:
         pickle, entries = read_state_dict(tar, members[name], f"{label}: {name}")
-        self._parts.append(hashlib.blake2b(pickle).digest())
+        self._headers.append(pickle)
         return entries
 
 

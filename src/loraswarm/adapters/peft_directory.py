@@ -16,7 +16,7 @@ from loraswarm.adapters.config_keys import CONFIG_FILE
 from loraswarm.adapters.safetensors_header import WEIGHTS_FILE, read_header
 from loraswarm.adapters.source import open_regular
 from loraswarm.adapters.state_dict_pickle import PICKLE_FILE, read_adapter_model
-from loraswarm.adapters.stored_tensor import TensorEntry
+from loraswarm.adapters.stored_tensor import Span, TensorEntry
 from loraswarm.adapters.tensor_file import TensorFile, digest_of
 from loraswarm.errors import AdapterError
 
@@ -25,11 +25,11 @@ MAX_CONFIG_BYTES = 4 * 2**20
 
 
 class WeightsFormat(NamedTuple):
-    """A weights file that PEFT writes. `read_entries` gives its header and where tensors lie."""
+    """A weights file that PEFT writes. `read_entries` says where its header and tensors lie."""
 
     file_name: str
     file_format: str
-    read_entries: Callable[[BufferedReader], tuple[bytes, Mapping[str, TensorEntry]]]
+    read_entries: Callable[[BufferedReader], tuple[Span, Mapping[str, TensorEntry]]]
 
 
 _FORMATS = (
@@ -43,10 +43,9 @@ class PeftDirectory(TensorFile):
 
     def __init__(self, path: Path, file: BufferedReader, weights: WeightsFormat) -> None:
         self._path = path
-        self._read_entries = weights.read_entries
         self.file_format = weights.file_format
         self.config = _read_config(path)
-        _, entries = weights.read_entries(file)
+        self._header, entries = weights.read_entries(file)
         super().__init__(weights.file_name, file, entries)
 
     @classmethod
@@ -68,9 +67,8 @@ class PeftDirectory(TensorFile):
 
     def digest(self) -> str:
         """See `AdapterSource`; config and header are read anew."""
-        self._file.seek(0)
-        header, _ = self._read_entries(self._file)
-        return digest_of((_read_config(self._path), header), self._file)
+        parts = (_read_config(self._path), self._read_again(self._header))
+        return digest_of(parts, self._file)
 
 
 def _read_config(path: Path) -> bytes:

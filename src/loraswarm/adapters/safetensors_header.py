@@ -17,6 +17,7 @@ from loraswarm.adapters.source import TensorSpec
 from loraswarm.adapters.stored_tensor import (
     DTYPE_BYTES,
     MAX_DIMENSIONS,
+    Span,
     TensorEntry,
     size_of,
 )
@@ -31,8 +32,8 @@ ALIGNMENT_BYTES = 8
 MAX_NUMBER = 2**63
 
 
-def read_header(file: BufferedReader) -> tuple[bytes, dict[str, TensorEntry]]:
-    """The header's own bytes, and every tensor by name.
+def read_header(file: BufferedReader) -> tuple[Span, dict[str, TensorEntry]]:
+    """Where the header is, and every tensor by name.
 
     Layout    | length n, 8 bytes little-endian | n bytes of JSON | tensors without gaps |
 
@@ -56,7 +57,7 @@ def read_header(file: BufferedReader) -> tuple[bytes, dict[str, TensorEntry]]:
         if name != "__metadata__"
     }
     _check_layout(entries, data_start, file_bytes)
-    return text, entries
+    return Span(0, data_start), entries
 
 
 def encode_header(specs: Mapping[str, TensorSpec]) -> tuple[list[str], bytes]:

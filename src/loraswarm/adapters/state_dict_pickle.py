@@ -22,15 +22,15 @@ _ZIP_MAGIC = b"PK\3\4"
 _PICKLE_NAME = "data.pkl"
 
 
-def read_adapter_model(file: BufferedReader) -> tuple[bytes, dict[str, TensorEntry]]:
+def read_adapter_model(file: BufferedReader) -> tuple[Span, dict[str, TensorEntry]]:
     """`read_state_dict` of the whole file adapter_model.bin."""
     return read_state_dict(file, Span(0, os.fstat(file.fileno()).st_size), PICKLE_FILE)
 
 
 def read_state_dict(
     file: BufferedReader, span: Span, label: str
-) -> tuple[bytes, dict[str, TensorEntry]]:
-    """The pickle's own bytes, and every tensor by name, of the torch file at `span` of `file`.
+) -> tuple[Span, dict[str, TensorEntry]]:
+    """Where the pickle is, and every tensor by name, of the torch file at `span` of `file`.
 
     Cost      reads the zip's directory and the pickle; no weights.
     Raises    AdapterError naming `label` and what is wrong.
@@ -43,11 +43,11 @@ def read_state_dict(
         )
     members = read_zip(file, span, label)
     prefix = _find_prefix(members, label)
-    pickle = _read_member(file, members[prefix + _PICKLE_NAME], label)
+    pickle = members[prefix + _PICKLE_NAME]
     order = members.get(prefix + "byteorder")
     if order is not None and _read_member(file, order, label) != b"little":
         raise AdapterError(f"{label} was not saved on a little-endian machine; save it on one")
-    tensors = read_state_dict_pickle(pickle, label)
+    tensors = read_state_dict_pickle(_read_member(file, pickle, label), label)
     return pickle, {
         name: _entry(tensor, members.get(f"{prefix}data/{tensor.storage.key}"), (label, name))
         for name, tensor in tensors.items()

@@ -13,7 +13,7 @@ from io import BufferedReader
 from typing import TYPE_CHECKING
 
 from loraswarm.adapters.source import TensorSpec
-from loraswarm.adapters.stored_tensor import StoredTensor
+from loraswarm.adapters.stored_tensor import Span, StoredTensor
 from loraswarm.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -67,6 +67,11 @@ class TensorFile:
         if tensor is None:
             raise self._cut_short(name)
         return tensor
+
+    def _read_again(self, span: Span) -> bytes:
+        """For a digest: what is there now."""
+        self._file.seek(span.begin)
+        return self._file.read(span.num_bytes)
 
     def _cut_short(self, name: str) -> AdapterError:
         return AdapterError(f"{self.label} was cut short while tensor {name!r} was read")

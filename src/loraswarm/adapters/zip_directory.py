@@ -169,11 +169,13 @@ def _widen(reader: _Reader, extra: bytes, values: list[int]) -> list[int]:
 
 
 def _locate(reader: _Reader, name: str, offset: int, size: int, directory_begin: int) -> Span:
-    fields = _LOCAL.unpack(reader.read(offset, _LOCAL.size))
+    encoded = name.encode()
+    local = reader.read(offset, _LOCAL.size + len(encoded))
+    fields = _LOCAL.unpack_from(local)
     magic, name_bytes, extra_bytes = fields[0], fields[9], fields[10]
     begin = offset + _LOCAL.size + name_bytes + extra_bytes
     if magic != b"PK\3\4" or begin + size > directory_begin:
         raise reader.error(f"has the member {name[:200]!r} outside the file")
-    if reader.read(offset + _LOCAL.size, name_bytes) != name.encode():
+    if name_bytes != len(encoded) or local[_LOCAL.size :] != encoded:
         raise reader.error(f"has the member {name[:200]!r} under two names")
     return reader.span(begin, size)

@@ -5,6 +5,7 @@ Used by commands/adapters. No torch until a weight is read.
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -61,7 +62,7 @@ class CheckedBase:
         Raises    ConfigError as `of_model` does.
         """
         named = ConfigKeys.parse(source.config).get("base_model_name_or_path")
-        if isinstance(named, str) and (Path(named) / "config.json").is_file():
+        if isinstance(named, str) and os.path.isfile(os.path.join(named, "config.json")):
             return cls.of_model(Path(named), dtype_name)
         shape = infer_shape(source)
         if shape is None:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 from tqdm import tqdm
@@ -84,13 +85,17 @@ def _adapters(path: Path) -> Iterator[Path]:
             f"{str(path)!r} {problem}; give an adapter, or a directory that holds one directory"
             " per adapter"
         )
-    if any(next(path.glob(pattern), None) for pattern in ADAPTER_FILES):
+    try:
+        items = sorted(path.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
+    if any(fnmatch(item.name, pattern) for item in items for pattern in ADAPTER_FILES):
         yield path
         return
     # A link that leads nowhere is among them, so that it is reported instead of being overlooked.
     found = [
         item
-        for item in sorted(path.iterdir())
+        for item in items
         if not item.name.startswith(".")
         and (item.is_dir() or (item.is_symlink() and not item.is_file()))
     ]

@@ -36,12 +36,13 @@ class CheckpointBase:
         self._shape = shape
         self._files = ExitStack()
         self._readers: dict[Path, Any] = {}
-        left_out = LM_HEAD + ".weight" if shape.ties_embeddings else OLD_ROPE
         self.stored: dict[str, StoredTensor] = {
             name: stored
             for name, stored in stored_tensors(path).items()
-            if not name.endswith((OLD_ROPE, left_out))
+            if not name.endswith(OLD_ROPE)
         }
+        if shape.ties_embeddings:
+            self.stored.pop(f"{LM_HEAD}.weight", None)
         _check(path, self.stored, tensor_shapes(shape))
 
     def __enter__(self) -> Self:

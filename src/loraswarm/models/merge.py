@@ -88,8 +88,8 @@ class _Merging:
         self._base = base
         self._config = merged_config(config, adapter)
         if dtype_name != "auto":
-            key = "torch_dtype" if "torch_dtype" in config else "dtype"
-            self._config[key] = dtype_name
+            keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+            self._config |= dict.fromkeys(keys, dtype_name)
         merged = decoder_config(self._config).shape()
         self._tensors = {
             tensor.name: tensor for tensor in merged_tensors(base.shape, merged, adapter)

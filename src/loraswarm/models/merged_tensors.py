@@ -146,7 +146,7 @@ def _changes(shape: BaseShape, adapter: Adapter) -> dict[str, list[Change]]:
         if path == EMBEDDING:
             change = partial(update.embedding, embedding_a_VR)
         changes.setdefault(f"{path}.weight", []).append(change)
-        if shape.has_bias(module.info.site):
+        if shape.has_bias(module.info.site) and module.vectors.keys() & {"g", "c"}:
             changes.setdefault(f"{path}.bias", []).append(update.bias)
     return changes
 

@@ -7,6 +7,7 @@ Source    peft 0.21: tuners/lora/config.py; which keys go together: tuners/lora/
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,9 +66,20 @@ REFUSED_KEYS = {
     " target_modules, or merge it with PEFT's merge_and_unload",
 }
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+UNTYING_INITS = ("orthogonal", "mica")
 # Their base was changed in a way that follows from its weights alone.
 DECOMPOSED_INITS = ("pissa", "olora")
 CONVERTIBLE_INITS = ("pissa", "corda", "lora_ga")
+_BLOCK_DIAGONAL_KEYS = {"target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict"}
+# But for the number of samples they are about training.
+_MONTECLORA_KEYS = {
+    "num_samples",
+    "use_entropy",
+    "dirichlet_prior",
+    "sample_scaler",
+    "kl_loss_weight",
+    "buffer_size",
+}
 BIASES = ("none", "all", "lora_only")
 
 
@@ -110,7 +122,8 @@ class LoraConfig:
     Patterns are (key, value) pairs in file order; the first that applies to a module wins.
     `variant` is a value of VARIANTS or "". `decomposition` is one of DECOMPOSED_INITS or "".
     `replaced` are modules_to_save; `token_ids` has the trained tokens by name of the module, ""
-    for the embedding. `name_infix` stands in tensor names where PEFT has the adapter's own name.
+    for the embedding. `init_unties` where PEFT's initialisation replaces matrices that it had tied.
+    `name_infix` stands in tensor names where PEFT has the adapter's own name.
     """
 
     selection: ModuleSelection
@@ -126,6 +139,7 @@ class LoraConfig:
     replaced: tuple[str, ...] = ()
     token_ids: tuple[tuple[str, tuple[int, ...]], ...] = ()
     ensures_tying: bool = False
+    init_unties: bool = False
     invocation_tokens: tuple[int, ...] | None = None
     block_diagonal: BlockDiagonal | None = None
     group_size: int = 16
@@ -164,7 +178,8 @@ def parse_lora_config(keys: ConfigKeys) -> LoraConfig:
     """
     keys.check(READ_KEYS, INERT_KEYS, REFUSED_KEYS)
     replaced = keys.name_list("modules_to_save")
-    velora, monteclora = keys.nested("velora_config"), keys.nested("monteclora_config")
+    velora = _sub_config(keys, "velora_config", {"num_groups", "scale", "init_type"})
+    monteclora = _sub_config(keys, "monteclora_config", _MONTECLORA_KEYS)
     config = LoraConfig(
         selection=replace(keys.selection(), replaced=replaced),
         rank=keys.rank("r", 8),
@@ -179,14 +194,22 @@ def parse_lora_config(keys: ConfigKeys) -> LoraConfig:
         replaced=replaced,
         token_ids=_token_ids(keys),
         ensures_tying=keys.flag("ensure_weight_tying"),
+        init_unties=keys.get("init_lora_weights") in UNTYING_INITS,
         invocation_tokens=keys.token_ids("alora_invocation_tokens") or None,
-        block_diagonal=_block_diagonal(keys.nested("use_bdlora")),
+        block_diagonal=_block_diagonal(_sub_config(keys, "use_bdlora", _BLOCK_DIAGONAL_KEYS)),
         group_size=keys.rank("qalora_group_size", 16),
         num_groups=velora.rank("velora_config.num_groups", 64) if velora else 64,
         num_samples=monteclora.rank("monteclora_config.num_samples", 8) if monteclora else 8,
     )
     _check_combination(keys, config)
     return config
+
+
+def _sub_config(keys: ConfigKeys, key: str, names: Set[str]) -> ConfigKeys | None:
+    found = keys.nested(key)
+    if found is not None:
+        found.check({f"{key}.{name}" for name in names}, frozenset(), {})
+    return found
 
 
 def _variant(keys: ConfigKeys) -> str:
@@ -229,8 +252,6 @@ def _block_diagonal(keys: ConfigKeys | None) -> BlockDiagonal | None:
     if keys is None:
         return None
     prefix = "use_bdlora."
-    known = {"target_modules_bd_a", "target_modules_bd_b", "nblocks", "match_strict"}
-    keys.check({prefix + name for name in known}, frozenset(), {})
     a_names, b_names = (keys.name_list(f"{prefix}target_modules_bd_{side}") for side in ("a", "b"))
     if not a_names and not b_names:
         raise AdapterError(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loraswarm.adapters.tensors import TensorReader
 
 TABLES = (EMBEDDING, LM_HEAD)
+_COPY_SUFFIXES = (".weight", ".base_layer.weight", ".token_adapter.base_layer.weight")
 SERVED = "norms, embed_tokens and lm_head"
 
 
@@ -175,13 +176,15 @@ def read_replacement(replacement: Replacement, tensors: TensorReader) -> Tensor:
 def check_copies(names: Iterable[str], tensors: TensorReader, base: BaseWeights) -> None:
     """Refuse a copy of the embedding or the lm_head that is not the base's own: PEFT would load it.
 
-    Copies may have been rounded, or be kept wider, than the base as it is served.
+    Other names are passed over. Copies may have been rounded, or be kept wider, than the base as
+    it is served.
     """
     # Imported here: planning must not need torch.
     import torch
 
-    for name in names:
-        path = next(path for path in TABLES if name.startswith(f"{PREFIX}{path}."))
+    paths = {f"{PREFIX}{path}{end}": path for path in TABLES for end in _COPY_SUFFIXES}
+    for name in [name for name in names if name in paths]:
+        path = paths[name]
         weight, copied = base.weight(path), tensors.cast(name)
         widths = (weight.dtype, torch.bfloat16, torch.float16)
         if not any(copied.equal(weight.to(width).to(copied.dtype)) for width in widths):

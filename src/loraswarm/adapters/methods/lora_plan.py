@@ -40,7 +40,7 @@ _TABLE_NAMES = tuple(path.rpartition(".")[2] for path in TABLES)
 class LoraLayout:
     """A plan and what reading needs besides: `config` as it is in force on this base.
 
-    With `head_is_tied` the LoRA of the lm_head is that of the embedding, transposed.
+    With `head_is_tied` the LoRA of the lm_head must be that of the embedding, transposed.
     """
 
     config: LoraConfig
@@ -122,7 +122,7 @@ def layout_of(config: LoraConfig, shape: BaseShape) -> LoraLayout:
         invocation_tokens=config.invocation_tokens,
         copies=_copies(config, shape, modules, replacements),
     )
-    return LoraLayout(config, plan, replacements, head_is_tied)
+    return LoraLayout(config, plan, replacements, head_is_tied and not config.init_unties)
 
 
 def matrix_shapes(
@@ -332,7 +332,7 @@ def _copies(
         if config.variant == "velora":
             state = {"lora_velora_embed": (-(-in_size // config.num_groups),)}
         elif config.variant == "monteclora":
-            rank, samples = module.rank, config.num_samples
+            rank, samples = config.rank_of(path), config.num_samples
             sampler = {
                 "std_prior": (rank,),
                 "gaussian_var_prior": (rank, rank),

@@ -25,7 +25,7 @@ from loraswarm.adapters.methods.lora_plan import (
     tensor_name,
     trains_bias,
 )
-from loraswarm.adapters.plan import PREFIX, AdapterWeights
+from loraswarm.adapters.plan import AdapterWeights
 from loraswarm.adapters.tensors import TensorReader
 from loraswarm.core.base_shape import EMBEDDING
 from loraswarm.errors import AdapterError
@@ -43,8 +43,7 @@ def read_lora(
     Cost      DoRA reads every adapted base weight once; PiSSA and OLoRA decompose each.
     Raises    AdapterError naming the tensor that is not finite, out of range or not the base's.
     """
-    tables = tuple(f"{PREFIX}{path}." for path in TABLES)
-    check_copies([name for name in copies if name.startswith(tables)], tensors, base)
+    check_copies(copies, tensors, base)
     config = layout.config
     if config.decomposition:
         _logger.warning(
