@@ -376,3 +376,22 @@ def test_help_needs_no_torch(arguments):
 def test_a_mistyped_path_is_an_error_of_its_own():
     with pytest.raises(ConfigError, match="does not exist"):
         check(["/nonexistent"], CheckOptions(), False)
+
+
+def test_of_a_hub_model_only_the_config_is_fetched_for_headers(
+    tmp_path, capsys, monkeypatch, model, shape
+):
+    asked = []
+
+    def download(repo_id: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(model)
+
+    monkeypatch.setattr("loraswarm.models.source.snapshot_download", download)
+    save_random_adapter(tmp_path / "a", shape)
+    for reads_weights in (False, True):
+        options = CheckOptions(model="owner/name", reads_weights=reads_weights)
+        assert check([str(tmp_path)], options, is_json=True) == 0
+    assert asked[0] == ["config.json"]
+    assert "model*.safetensors" in asked[1]
+    assert "ok" in capsys.readouterr().out

@@ -75,6 +75,10 @@ SAVED: dict[str, dict[str, Any]] = {
     "tokens in another order": {
         "trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [3, 7]}
     },
+    "tokens beside lm_head LoRA": {
+        "trainable_token_indices": [132, 3],
+        "target_modules": ["q_proj", "lm_head"],
+    },
     "tokens and norms": {"trainable_token_indices": [9], "modules_to_save": ["norm"]},
 }
 

@@ -188,7 +188,16 @@ COMBINATIONS: list[tuple[dict[str, Any], str, str]] = [
         "changed by",
         EMBEDDING,
     ),
-    ({"target_modules": ["lm_head"], "trainable_token_indices": [3]}, "changed by", LM_HEAD),
+    (
+        {"target_modules": ["lm_head"], "trainable_token_indices": [3], "use_dora": True},
+        "changed by",
+        LM_HEAD,
+    ),
+    (
+        {"target_modules": ["lm_head"], "trainable_token_indices": {"lm_head": [3]}},
+        "changed by",
+        LM_HEAD,
+    ),
     ({"modules_to_save": ["lm_head"], "trainable_token_indices": [3]}, "changed by", LM_HEAD),
     ({"trainable_token_indices": {"tokens": [3], "embed_tokens": [5]}}, "changed by", EMBEDDING),
     ({"trainable_token_indices": [3, 3]}, "token 3", "twice"),
@@ -204,11 +213,11 @@ COMBINATIONS: list[tuple[dict[str, Any], str, str]] = [
     (
         {
             "target_modules": ["embed_tokens"],
+            "exclude_modules": ["embed_tokens"],
             "ensure_weight_tying": True,
-            "rank_pattern": {"lm_head": 5},
         },
         "ensure_weight_tying",
-        "same rank",
+        "exclude_modules",
     ),
     ({"use_qalora": True, "qalora_group_size": 0}, "qalora_group_size", "from 1"),
     ({"target_modules": "dummy-target-modules"}, "target_modules", "selects no linear"),

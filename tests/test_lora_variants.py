@@ -190,6 +190,7 @@ def test_a_variant_gives_the_logits_of_peft(make_model, tmp_path, config, method
         {"use_rslora": True},
         {"init_lora_weights": "orthogonal", "r": 4},
         {"init_lora_weights": "mica"},
+        {"rank_pattern": {"embed_tokens": 5}},
     ],
 )
 def test_tied_tables_share_one_lora(tmp_path, targets, variant):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import sys
 import tempfile
@@ -120,6 +121,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first input")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    logging.disable()
     outcomes: Counter[tuple[str, str]] = Counter()
     failures = 0
     start_s = time.perf_counter()

@@ -27,7 +27,7 @@ from loraswarm.config import DTYPES
 from loraswarm.errors import AdapterError, ConfigError
 from loraswarm.memory.geometry import page_geometry
 from loraswarm.memory.tile_layout import adapter_bytes
-from loraswarm.models.source import resolve_model
+from loraswarm.models.source import CONFIG_FILES, MODEL_FILES, resolve_model
 
 ADAPTER_FILES = (CONFIG_FILE, "adapter_model.*", "*.nemo")
 WIDTH_OF_FILES = 200  # columns where the output is no terminal
@@ -55,7 +55,8 @@ def check(paths: Sequence[str], options: CheckOptions, is_json: bool) -> int:
     with ExitStack() as closing:
         given = None
         if options.model is not None:
-            base = CheckedBase.of_model(resolve_model(options.model), options.dtype)
+            files = MODEL_FILES if options.reads_weights else CONFIG_FILES
+            base = CheckedBase.of_model(resolve_model(options.model, files), options.dtype)
             given = closing.enter_context(base)
         progress = tqdm(adapters, desc="checking", disable=None, leave=False)
         rows = [_check(path, given, options) for path in progress]

@@ -63,7 +63,7 @@ ADAPTERS = {
     "sql": AdapterSettings(rank=24, alpha=48, targets=[*ATTENTION, *MLP], num_steps=600),
     "ticket-json": AdapterSettings(rank=32, alpha=64, targets="all-linear", num_steps=1400),
     "formal-reply": AdapterSettings(
-        method="dora", rank=8, alpha=16, targets=[*ATTENTION, *MLP], num_steps=700
+        method="dora", rank=8, alpha=16, targets=[*ATTENTION, *MLP], num_steps=1100
     ),
     "tags": AdapterSettings(
         method="vera", rank=128, targets=[*ATTENTION, *MLP], num_steps=900, learning_rate=2e-2

@@ -7,6 +7,7 @@ Called by engine/setup before anything is loaded; imports no torch.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 
 from loraswarm.errors import ConfigError
 
+CONFIG_FILES = ("config.json",)
 # "model*" leaves out second copies of the weights, such as consolidated.safetensors.
 MODEL_FILES = (
     "config.json",
@@ -31,10 +33,10 @@ MODEL_FILES = (
 )
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, files: Sequence[str] = MODEL_FILES) -> Path:
     """The directory that holds the model's files, downloaded first if it is a hub id.
 
-    A directory of that name wins over a hub id. Files already in the hub cache are not downloaded
+    Of a hub repository at least `files` (patterns) are there then. A directory of that name wins over a hub id. Files already in the hub cache are not downloaded
     again; HF_HUB_OFFLINE=1 uses the cache alone.
 
     Raises    ConfigError: no such directory, or one line on why the hub did not deliver.
@@ -47,7 +49,7 @@ def resolve_model(model: str) -> Path:
     if not _is_hub_id(model):
         raise ConfigError(f"model {model!r}: no such directory")
     try:
-        return Path(snapshot_download(model, allow_patterns=list(MODEL_FILES)))
+        return Path(snapshot_download(model, allow_patterns=list(files)))
     except Exception as error:  # whatever the hub client or its HTTP library raises
         raise ConfigError(f"model {model!r} is not a local directory and {_why(error)}") from error
 

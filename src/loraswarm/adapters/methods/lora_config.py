@@ -13,6 +13,7 @@ from typing import Any
 
 from loraswarm.adapters.config_keys import CONFIG_FILE, SELECTION_KEYS, ConfigKeys, shortened
 from loraswarm.adapters.module_selection import ModuleSelection, find_pattern
+from loraswarm.core.base_shape import EMBEDDING, LM_HEAD
 from loraswarm.errors import AdapterError
 
 # Each names the method it makes of LoRA; PEFT allows one at a time.
@@ -122,8 +123,8 @@ class LoraConfig:
     Patterns are (key, value) pairs in file order; the first that applies to a module wins.
     `variant` is a value of VARIANTS or "". `decomposition` is one of DECOMPOSED_INITS or "".
     `replaced` are modules_to_save; `token_ids` has the trained tokens by name of the module, ""
-    for the embedding. `init_unties` where PEFT's initialisation replaces matrices that it had tied.
-    `name_infix` stands in tensor names where PEFT has the adapter's own name.
+    for the embedding. `init_unties` where PEFT's initialisation replaces matrices that it had tied;
+    else `head_is_tied` where the lm_head's are the embedding's, transposed. `name_infix` stands in tensor names where PEFT has the adapter's own name.
     """
 
     selection: ModuleSelection
@@ -140,6 +141,7 @@ class LoraConfig:
     token_ids: tuple[tuple[str, tuple[int, ...]], ...] = ()
     ensures_tying: bool = False
     init_unties: bool = False
+    head_is_tied: bool = False
     invocation_tokens: tuple[int, ...] | None = None
     block_diagonal: BlockDiagonal | None = None
     group_size: int = 16
@@ -155,20 +157,26 @@ class LoraConfig:
 
     def rank_of(self, path: str) -> int:
         """Rank of the module at `path`, as the file has it."""
-        found = find_pattern(self.rank_patterns, path)
-        return self.rank if found is None else found[1]
+        return self._configured_rank(self._owner(path))
 
     def rank_source(self, path: str) -> str:
         """The config key that sets the rank of the module at `path`, as messages name it."""
-        found = find_pattern(self.rank_patterns, path)
+        found = find_pattern(self.rank_patterns, self._owner(path))
         return "r" if found is None else f"rank_pattern[{shortened(found[0])}]"
 
     def scale_of(self, path: str) -> float:
         """What multiplies B A x of the module at `path`."""
-        rank = self.rank_of(path)
+        rank = self._configured_rank(path)
         found = find_pattern(self.alpha_patterns, path)
         alpha = self.alpha if found is None else found[1]
         return alpha / (math.sqrt(rank) if self.is_rank_stabilized else rank)
+
+    def _owner(self, path: str) -> str:
+        return EMBEDDING if path == LM_HEAD and self.head_is_tied else path
+
+    def _configured_rank(self, path: str) -> int:
+        found = find_pattern(self.rank_patterns, path)
+        return self.rank if found is None else found[1]
 
 
 def parse_lora_config(keys: ConfigKeys) -> LoraConfig:

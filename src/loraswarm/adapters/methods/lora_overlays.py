@@ -121,8 +121,8 @@ def one_role_each(roles: Mapping[str, Iterable[str]]) -> None:
         for path in paths:
             if path in seen:
                 raise AdapterError(
-                    f"{CONFIG_FILE}: {path!r} is changed by {seen[path]} and by {key}; PEFT cannot"
-                    " load that: keep one of them"
+                    f"{CONFIG_FILE}: {path!r} is changed by {seen[path]} and by {key}, which is not"
+                    " one exact update; keep one of them"
                 )
             seen[path] = key
 

@@ -38,15 +38,11 @@ _TABLE_NAMES = tuple(path.rpartition(".")[2] for path in TABLES)
 
 @dataclass(frozen=True, slots=True)
 class LoraLayout:
-    """A plan and what reading needs besides: `config` as it is in force on this base.
-
-    With `head_is_tied` the LoRA of the lm_head must be that of the embedding, transposed.
-    """
+    """A plan and what reading needs besides: `config` as it is in force on this base."""
 
     config: LoraConfig
     plan: AdapterPlan
     replacements: tuple[Replacement, ...]
-    head_is_tied: bool
 
 
 def tensor_name(config: LoraConfig, path: str, part: str) -> str:
@@ -94,10 +90,10 @@ def layout_of(config: LoraConfig, shape: BaseShape) -> LoraLayout:
 
     Raises    AdapterError naming the key and the module that cannot be applied.
     """
-    config, saved_together, head_is_tied = _tied(config, shape)
+    config, saved_together, adapted_together = _tied(config, shape)
     sites = range(shape.head_site + 1)
     adapted = [site for site in sites if config.selection.selects(shape.site_path(site))]
-    if head_is_tied and shape.head_site not in adapted:
+    if adapted_together and shape.head_site not in adapted:
         adapted.append(shape.head_site)
     replacements = _replacements(config, shape, saved_together)
     if not adapted and not (config.selection.targets == NO_TARGETS and replacements):
@@ -105,10 +101,9 @@ def layout_of(config: LoraConfig, shape: BaseShape) -> LoraLayout:
             f"{CONFIG_FILE}: target_modules selects no linear of the base"
             f" ({shape.num_layers} layers of {', '.join(TARGETS)}), nor embed_tokens or lm_head"
         )
-    _check_modules(config, shape, adapted, head_is_tied)
+    _check_modules(config, shape, adapted, adapted_together)
     paths = {shape.site_path(site) for site in adapted}
-    replaced = {path for found in replacements for path in found.info.paths}
-    one_role_each({"target_modules": paths, "modules_to_save or trained tokens": replaced})
+    one_role_each({"target_modules": paths, "an overlay": _replaced_alone(config, replacements)})
     modules = _modules(config, shape, frozenset(adapted))
     overlays = [found.info for found in replacements]
     if EMBEDDING in paths:
@@ -122,7 +117,7 @@ def layout_of(config: LoraConfig, shape: BaseShape) -> LoraLayout:
         invocation_tokens=config.invocation_tokens,
         copies=_copies(config, shape, modules, replacements),
     )
-    return LoraLayout(config, plan, replacements, head_is_tied and not config.init_unties)
+    return LoraLayout(config, plan, replacements)
 
 
 def matrix_shapes(
@@ -156,7 +151,7 @@ def matrix_shapes(
 def _tied(config: LoraConfig, shape: BaseShape) -> tuple[LoraConfig, bool, bool]:
     """What ensure_weight_tying makes of a config: if a table is named, both are meant.
 
-    Returns the config, whether both are saved together, and whether the lm_head's LoRA is tied.
+    Returns the config, whether both are saved together, and whether both are adapted together.
     """
     if not (config.ensures_tying and shape.ties_embeddings):
         return config, False, False
@@ -181,7 +176,22 @@ def _tied(config: LoraConfig, shape: BaseShape) -> tuple[LoraConfig, bool, bool]
         if not any(name.rpartition(".")[2] in _TABLE_NAMES for name in targets):
             return config, False, False
         wider = targets | {EMBEDDING}
-    return replace(config, selection=replace(selection, targets=wider)), False, True
+    selection = replace(selection, targets=wider)
+    head_is_tied = not config.init_unties
+    return replace(config, selection=selection, head_is_tied=head_is_tied), False, True
+
+
+def _replaced_alone(config: LoraConfig, replacements: Iterable[Replacement]) -> list[str]:
+    """Overlaid modules that cannot be adapted as well.
+
+    PEFT puts LoRA around the lm_head's tied tokens; the norms of DoRA would be theirs.
+    """
+    paths = [path for found in replacements for path in found.info.paths]
+    for found in replacements:
+        are_tied = found.info.token_ids is not None and found.info.paths == TABLES
+        if are_tied and config.variant != "dora":
+            paths.remove(LM_HEAD)
+    return paths
 
 
 def _replacements(
@@ -218,7 +228,7 @@ def _replacements(
 
 
 def _check_modules(
-    config: LoraConfig, shape: BaseShape, adapted: list[int], head_is_tied: bool
+    config: LoraConfig, shape: BaseShape, adapted: list[int], adapted_together: bool
 ) -> None:
     """Refuse what PEFT does not do to the embedding, or cannot do again to the base."""
     has_embedding = shape.embedding_site in adapted
@@ -228,12 +238,10 @@ def _check_modules(
             f"{CONFIG_FILE}: target_modules selects {EMBEDDING!r}, which PEFT does not adapt with"
             f" {key}; take it out of target_modules"
         )
-    if head_is_tied and not (
-        has_embedding and config.rank_of(EMBEDDING) == config.rank_of(LM_HEAD)
-    ):
+    if adapted_together and not has_embedding:
         raise AdapterError(
             f"{CONFIG_FILE}: ensure_weight_tying ties {LM_HEAD!r} to {EMBEDDING!r}, which is not"
-            " adapted with the same rank"
+            " adapted; take it out of exclude_modules"
         )
     for token_id in config.invocation_tokens or ():
         if token_id >= shape.vocab_size:

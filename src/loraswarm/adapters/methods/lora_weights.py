@@ -59,7 +59,7 @@ def read_lora(
         modules.append(weights)
         if table_VR is not None:
             overlays.append(table_VR)
-    if layout.head_is_tied:
+    if config.head_is_tied:
         _check_tied(modules, overlays[0])
     overlays += [read_replacement(found, tensors) for found in layout.replacements]
     return AdapterWeights(tuple(modules), tuple(overlays))
