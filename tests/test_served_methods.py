@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from peft import VeraConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from adapter_factory import load_peft_adapter
+from adapter_factory import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_peft_adapter,
+    save_random_adapter,
+    shape_of,
+    write_adapter,
+)
 from engine_factory import make_engine, make_request, prompt_of
+from general_form import save_peft
 from loraswarm.core.request import Request
 from loraswarm.engine.engine import Engine
 from method_cases import INVOCATION, METHOD_CASES
 from model_factory import save_tiny_model
+from nemo_factory import Layout, peft_to_nemo, shared_a
 from served_logits import SCORED, served_logits
 from tied_lora import load_tied_lora
 from tolerance import TOLERANCE, assert_close
@@ -152,3 +164,66 @@ def test_preemption_at_any_step_changes_nothing(swarms):
     for name in names:
         tokens, logits = found[name]
         assert_close(logits, swarms["untied"].expected(name, tokens), torch.float32)
+
+
+NEMO_LAYOUTS = {
+    "fused": Layout(),
+    "fused, sharded over tensors and layers": Layout(tensor_parallel=2, pipeline_parallel=2),
+    "unfused": Layout(is_fused=False),
+}
+
+
+@pytest.mark.parametrize("layout", NEMO_LAYOUTS.values(), ids=NEMO_LAYOUTS)
+def test_a_nemo_file_gives_the_logits_of_its_peft_twin(tmp_path, layout):
+    save_tiny_model(tmp_path / "model", "llama")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", attn_implementation="eager"
+    ).eval()
+    twin = tmp_path / "adapters" / "twin"
+    shape = shape_of(model)
+    save_random_adapter(twin, shape, rank=6, alpha=12, std=0.2)
+    tensors = shared_a(load_file(twin / WEIGHTS_FILE))
+    save_file(tensors, twin / WEIGHTS_FILE)
+    peft_to_nemo(twin, tmp_path / "adapters" / "nemo" / "adapter.nemo", shape, layout)
+    engine = make_engine(tmp_path)
+    assert engine._catalog.resolve("nemo").file_format == "nemo"
+    requests = [
+        make_request(name or "base", name, prompt_of(3, 17), SCORED)
+        for name in ("nemo", "twin", None)
+    ]
+    found = served_logits(engine, requests)
+    tokens, logits = found["nemo"]
+    peft_model = load_peft_adapter(model, twin)
+    with torch.inference_mode():
+        expected = peft_model(torch.tensor([tokens[:-1]])).logits[0]
+    assert_close(logits, expected, torch.float32)
+    assert torch.equal(logits, found["twin"][1])
+    assert not torch.allclose(logits[:16], found["base"][1][:16], rtol=1e-2, atol=1e-2)
+
+
+def test_a_hundred_vera_adapters_share_one_pair_of_matrices(swarms, tmp_path):
+    source = tmp_path / "source"
+    config = VeraConfig(task_type="CAUSAL_LM", r=64, target_modules="all-linear")
+    save_peft(swarms["untied"].model, source, config)
+    config = json.loads((source / CONFIG_FILE).read_text())
+    tensors = load_file(source / WEIGHTS_FILE)
+    shared = {name for name in tensors if "vera_lambda" not in name}
+    assert len(shared) == 2
+    for index in range(100):
+        generator = torch.Generator().manual_seed(index)
+        vectors = {
+            name: torch.randn(tensor.shape, generator=generator)
+            for name, tensor in tensors.items()
+            if name not in shared
+        }
+        write_adapter(tmp_path / "adapters" / f"v{index}", config, tensors | vectors)
+    (tmp_path / "model").symlink_to(swarms["untied"].path / "model")
+    engine = make_engine(tmp_path, pool_bytes=16 << 20)
+    requests = [make_request(f"v{i}", f"v{i}", prompt_of(1, 5), SCORED) for i in range(100)]
+    found = served_logits(engine, requests)
+    stats = engine.stats()
+    assert stats.num_resident_adapters == 100
+    num_floats = sum(tensors[name].numel() for name in shared)
+    num_floats += 100 * sum(t.numel() for name, t in tensors.items() if name not in shared)
+    assert stats.num_adapter_pages * engine.info.page_bytes <= 1.2 * 4 * num_floats
+    assert len({tuple(tokens) for tokens, _ in found.values()}) > 50
