@@ -76,7 +76,6 @@ REFUSED_VALUES: list[tuple[str, Any, str]] = [
     ("velora_config", {"num_groups": 0}, "velora_config.num_groups"),
     ("monteclora_config", {"num_samples": "8"}, "monteclora_config.num_samples"),
     ("megatron_config", {"x": 1}, "Megatron"),
-    ("fan_in_fan_out", True, "false"),
     ("init_lora_weights", "pissa_niter_16", "path_initial_model_for_weight_conversion"),
     ("init_lora_weights", "corda", "path_initial_model_for_weight_conversion"),
     ("init_lora_weights", "lora_ga", "path_initial_model_for_weight_conversion"),

@@ -48,7 +48,10 @@ def loraswarm(*arguments):
         (["serve", "MODEL", "--no-such-option"], "--no-such-option"),
         (["serve", "MODEL/.."], "has no config.json"),
         (["generate", "MODEL", "--prompt", "x", "--adapter", "nobody"], "'nobody'"),
-        (["generate", "MODEL", "--prompt", "x", "--adapter", "MODEL"], "no adapter_config.json"),
+        (
+            ["generate", "MODEL", "--prompt", "x", "--adapter", "MODEL"],
+            "neither adapter_config.json nor a .nemo file",
+        ),
         (["generate", "MODEL", "--prompt", "x", "--pool-bytes", "9000T"], "cannot give"),
         (["serve", "MODEL", "--host", ".."], "cannot listen on .."),
         (["generate", "MODEL", "--prompt", "x", "--max-tokens", "-1"], "max_tokens is -1"),

@@ -131,3 +131,12 @@ def test_served_tokens_equal_peft_token_for_token(replies, name):
             )
         expected = output[0, inputs["input_ids"].shape[1] :].tolist()
         assert replies[name, example.prompt][1] == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_settings_are_those_of_the_shipped_config(name):
+    from loraswarm.demo.finetune import ADAPTERS, build_config
+
+    built, shipped = build_config(ADAPTERS[name]).to_dict(), configs()[name]
+    keys = ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern")
+    assert {key: built.get(key) for key in keys} == {key: shipped.get(key) for key in keys}

@@ -66,7 +66,6 @@ REFUSED_VALUES: list[tuple[str, str, Any, str]] = [
     ("gralora", "gralora_k", 3, "divide r"),
     ("gralora", "gralora_k", 0, "from 1"),
     ("gralora", "hybrid_r", -1, "from 1"),
-    ("gralora", "fan_in_fan_out", True, "[out, in]"),
     ("lokr", "decompose_factor", 2.0, "whole number"),
     ("lokr", "decompose_factor", True, "whole number"),
     ("lokr", "decompose_both", "yes", "true or false"),

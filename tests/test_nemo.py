@@ -436,6 +436,7 @@ def catalog_of(root: Path, model) -> Catalog:
 
 def test_the_catalog_serves_a_directory_with_one_nemo_file(model, tmp_path):
     write_simple(tmp_path / "sql", model)
+    (tmp_path / "sql" / ".hidden.nemo").touch()
     catalog = catalog_of(tmp_path, model)
     assert list(catalog.served) == ["sql"]
     assert not catalog.refused

@@ -103,7 +103,7 @@ def _find_nemo(path: Path) -> Path | None:
     if path.suffix == NEMO_SUFFIX and not path.is_dir():
         return path
     names = sorted(os.listdir(path))
-    archives = [name for name in names if name.endswith(NEMO_SUFFIX)]
+    archives = [name for name in names if name.endswith(NEMO_SUFFIX) and name[0] != "."]
     if not archives:
         return None
     if len(archives) > 1:

@@ -6,6 +6,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from loraswarm.adapters.config_keys import CONFIG_FILE
+from loraswarm.adapters.source import NEMO_SUFFIX
 from loraswarm.config import EngineConfig
 from loraswarm.core.request import SamplingParams
 from loraswarm.errors import ConfigError, EngineError
@@ -18,8 +20,8 @@ def generate(
     """Print the answer as it comes. `adapter` is a name in `config.adapters` or a directory."""
     if adapter is not None and Path(adapter).is_dir():
         path = Path(adapter).resolve()
-        if not (path / "adapter_config.json").exists():
-            raise ConfigError(f"--adapter {adapter!r} holds no adapter_config.json")
+        if not (path / CONFIG_FILE).exists() and not any(path.glob(f"*{NEMO_SUFFIX}")):
+            raise ConfigError(f"--adapter {adapter!r} holds neither {CONFIG_FILE} nor a .nemo file")
         roots, adapter = (str(path), *config.adapters), path.name
     else:
         roots = config.adapters

@@ -66,7 +66,7 @@ ADAPTERS = {
         method="dora", rank=8, alpha=16, targets=[*ATTENTION, *MLP], num_steps=1100
     ),
     "tags": AdapterSettings(
-        method="vera", rank=128, targets=[*ATTENTION, *MLP], num_steps=900, learning_rate=2e-2
+        method="vera", rank=128, targets=[*ATTENTION, *MLP], num_steps=1200, learning_rate=4e-2
     ),
 }
 

@@ -158,9 +158,9 @@ def reply_formally(random: Random) -> Example:
 
 
 def tag(random: Random) -> Example:
-    """A ticket to hashtags of its team, priority, site and host."""
+    """A ticket to tags: its team, priority, site and host."""
     ticket = draw_ticket(random)
-    return Example(ticket.text, f"#{ticket.team} #P{ticket.priority} #{ticket.site} #{ticket.host}")
+    return Example(ticket.text, f"{ticket.team}, P{ticket.priority}, {ticket.site}, {ticket.host}")
 
 
 def summarise_log(random: Random) -> Example:

@@ -31,10 +31,8 @@ if TYPE_CHECKING:
     from loraswarm.adapters.tensors import TensorReader
 
 READ_KEYS = SELECTION_KEYS | {"r", "hybrid_r", "alpha", "gralora_k", "bias"}
-INERT_KEYS = frozenset({"gralora_dropout", "init_weights"})
-_REFUSED_KEYS = REFUSED_KEYS | {
-    "fan_in_fan_out": "the base stores weights as [out, in]; save the adapter with it set to false",
-}
+# PEFT sets fan_in_fan_out to false for linears that store [out, in].
+INERT_KEYS = frozenset({"fan_in_fan_out", "gralora_dropout", "init_weights"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,7 @@ class Gralora:
 
 
 def _parse_config(keys: ConfigKeys) -> GraloraConfig:
-    keys.check(READ_KEYS, INERT_KEYS, _REFUSED_KEYS)
+    keys.check(READ_KEYS, INERT_KEYS, REFUSED_KEYS)
     refuse_bias(keys)
     rank, num_blocks = keys.rank("r", 32), keys.rank("gralora_k", 2)
     if rank % num_blocks != 0:

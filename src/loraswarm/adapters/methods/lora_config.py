@@ -43,11 +43,13 @@ READ_KEYS = (
         "qalora_group_size",
     }
 )
-# About training, or in effect only together with a key that is read or refused.
+# About training, or in effect only together with a key that is read or refused. PEFT sets
+# fan_in_fan_out to false for linears that store [out, in].
 INERT_KEYS = frozenset(
     {
         "corda_config",
         "eva_config",
+        "fan_in_fan_out",
         "loftq_config",
         "lora_dropout",
         "lora_ga_config",
@@ -57,11 +59,10 @@ INERT_KEYS = frozenset(
 )
 REFUSED_KEYS = {
     "arrow_config": "it routes between adapters; serve those adapters, one for each request",
-    "fan_in_fan_out": "the base stores weights as [out, in]; save the adapter with it set to false",
     "kasa_config": "KaSA changes the base weights, which other adapters share; merge it with PEFT's"
     " merge_and_unload and serve the result as a base",
-    "layer_replication": "it changes the depth of the base, which other adapters share; merge it"
-    " into a base of its own",
+    "layer_replication": "it changes the depth of the base, which other adapters share; train"
+    " LoRA on the base as it is",
     "megatron_config": "Megatron layers are not supported; save the adapter for transformers",
     "target_parameters": "it adapts parameters outside of linear modules; train with"
     " target_modules, or merge it with PEFT's merge_and_unload",
@@ -124,7 +125,8 @@ class LoraConfig:
     `variant` is a value of VARIANTS or "". `decomposition` is one of DECOMPOSED_INITS or "".
     `replaced` are modules_to_save; `token_ids` has the trained tokens by name of the module, ""
     for the embedding. `init_unties` where PEFT's initialisation replaces matrices that it had tied;
-    else `head_is_tied` where the lm_head's are the embedding's, transposed. `name_infix` stands in tensor names where PEFT has the adapter's own name.
+    `head_is_tied` where the lm_head's are the embedding's, transposed. `name_infix` stands in
+    tensor names where PEFT has the adapter's own name.
     """
 
     selection: ModuleSelection
