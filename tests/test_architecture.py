@@ -37,6 +37,7 @@ TORCH_FREE = [
     "loraswarm.core.client",
     "loraswarm.core.sequence",
     "loraswarm.adapters.catalog",
+    "loraswarm.adapters.convert",
     "loraswarm.adapters.inferred_shape",
     "loraswarm.adapters.methods",
     "loraswarm.commands.adapters",

@@ -16,6 +16,7 @@ from kernel_cases import (
     use_all_threads,
 )
 from loraswarm.kernels import cpu, reference
+from tile_factory import SiteWeights, TilePool
 
 SEGMENTS = [("adapter0", 3), (None, 4), ("adapter3", 7)]
 
@@ -113,6 +114,15 @@ def test_a_table_that_leads_outside_of_its_tensors_is_refused(field, change, mes
     with pytest.raises(ValueError, match=message):
         cpu.lora_expand_(case.y_TO, h_QTR, case.pool, case.tiles, FIRST_SITE, case.out_bounds)
     assert torch.equal(case.y_TO, before)
+
+
+def test_absent_vectors_are_no_error_in_a_pool_smaller_than_one():
+    pool = TilePool({"a": {0: SiteWeights(torch.ones(1, 3), torch.ones(133, 1))}}, torch.bfloat16)
+    assert pool.pool.view(torch.float32).numel() < 133
+    y_TO = torch.zeros(2, 133, dtype=torch.bfloat16)
+    h_QTR = torch.ones(1, 2, 16)
+    cpu.lora_expand_(y_TO, h_QTR, pool.pool, pool.table(1, [("a", 2)]), 0, (0, 133))
+    assert torch.equal(y_TO, torch.ones_like(y_TO))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -36,8 +36,9 @@ MODEL_FILES = (
 def resolve_model(model: str, files: Sequence[str] = MODEL_FILES) -> Path:
     """The directory that holds the model's files, downloaded first if it is a hub id.
 
-    Of a hub repository at least `files` (patterns) are there then. A directory of that name wins over a hub id. Files already in the hub cache are not downloaded
-    again; HF_HUB_OFFLINE=1 uses the cache alone.
+    Of a hub repository at least `files` (patterns) are there then. A directory of that name wins
+    over a hub id. Files already in the hub cache are not downloaded again; HF_HUB_OFFLINE=1 uses
+    the cache alone.
 
     Raises    ConfigError: no such directory, or one line on why the hub did not deliver.
     """

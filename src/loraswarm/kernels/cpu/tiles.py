@@ -97,7 +97,7 @@ def check_vectors(tiles: TileArrays, vectors: VectorArrays) -> None:
         raise ValueError("tiles.scale, tiles.u_offset or tiles.v_offset has another length")
     num_floats = tiles.pool.size * tiles.pool.itemsize // FLOAT_BYTES
     for part in range(num_parts):
-        last_start = num_floats - tiles.widths[part]
+        last_start = max(num_floats - tiles.widths[part], -1)
         for segment in range(num_segments):
             gain, constant = gain_offset[part, segment]
             if max(gain, constant) > last_start or min(gain, constant) < -1:
@@ -105,7 +105,8 @@ def check_vectors(tiles: TileArrays, vectors: VectorArrays) -> None:
             for tile in range(tiles.ranges[part, segment, 0], tiles.ranges[part, segment, 1]):
                 if v_offset[tile] > last_start or v_offset[tile] < -1:
                     raise ValueError("a vector lies outside of the pool: tiles.v_offset")
-                if u_offset[tile] > num_floats - tiles.ranks[tile] or u_offset[tile] < -1:
+                last_u = max(num_floats - tiles.ranks[tile], -1)
+                if u_offset[tile] > last_u or u_offset[tile] < -1:
                     raise ValueError("a vector lies outside of the pool: tiles.u_offset")
 
 
