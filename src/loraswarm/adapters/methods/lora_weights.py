@@ -30,8 +30,8 @@ from loraswarm.adapters.tensors import TensorReader
 from loraswarm.core.base_shape import EMBEDDING
 from loraswarm.errors import AdapterError
 
-# Elements of a base weight that are held in float32 at a time.
-CHUNK_ELEMENTS = 1 << 22
+# Elements of a base weight that are held in float32 at a time: few enough for a core's cache.
+CHUNK_ELEMENTS = 1 << 18
 _logger = logging.getLogger(__name__)
 
 
