@@ -295,6 +295,25 @@ def test_an_adapter_that_breaks_after_the_scan_fails_its_own_request_only(tmp_pa
     assert engine.stats().num_resident_adapters == 1
 
 
+def test_an_unexpected_failure_to_read_an_adapter_ends_its_own_requests_only(tmp_path, caplog):
+    save_swarm(tmp_path, 2)
+    engine = make_engine(tmp_path)
+    read = engine._runner._read_adapter
+
+    def failing(info, base, dtype):
+        if info.name == "a001":
+            raise RuntimeError("linalg.svd did not converge")
+        return read(info, base, dtype)
+
+    engine._runner._read_adapter = failing
+    events = run(engine, mixed_requests(["a000", "a001", None]))
+    assert events["r1"][-1].error.http_status == 500
+    assert "adapter 'a001' could not be read: RuntimeError" in events["r1"][-1].error.message
+    assert "did not converge" in caplog.text
+    assert all(events[name][-1].finish_reason == "length" for name in ("r0", "r2"))
+    assert engine.stats().num_resident_adapters == 1
+
+
 def test_refused_adapter_says_why_when_asked_for(tmp_path):
     save_swarm(tmp_path, 1)
     (tmp_path / "adapters" / "broken").mkdir()

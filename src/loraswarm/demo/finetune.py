@@ -1,8 +1,7 @@
 """Trains the demo's adapters with PEFT on the saved base model.
 
 Each adapter has its own method, rank, targets and scaling, so that they cover what a server must
-load.
-Loss is taken on the answer and its end token only. Called by `train`.
+load. Loss is taken on the answer and its end token only. Called by `train`.
 """
 
 from dataclasses import dataclass, field

@@ -5,6 +5,7 @@ Does not know queues or requests: it is told what to load and what to run. Calle
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -15,13 +16,14 @@ from loraswarm.core.events import ErrorInfo
 from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.prepare import PreparedBatch, prepare
 from loraswarm.engine.step import Step
-from loraswarm.errors import LoRASwarmError
+from loraswarm.errors import EngineError, LoRASwarmError
 from loraswarm.memory.kv_cache import KVCache
 from loraswarm.memory.page_buffer import PageBuffer
 from loraswarm.memory.tile_store import TileStore
 from loraswarm.models.decoder import Decoder
 
 AdapterReader = Callable[[AdapterInfo, BaseWeights, torch.dtype], Adapter]
+_logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -43,8 +45,8 @@ class ModelRunner:
         for load in step.loads:
             try:
                 adapter = self._read_adapter(load.info, self._decoder, self._buffer.pool.dtype)
-            except LoRASwarmError as error:
-                failures[load.info.key] = ErrorInfo(str(error), error.error_type, error.http_status)
+            except Exception as error:  # whatever is in a file, it must harm its own requests only
+                failures[load.info.key] = _error_info(load.info, error)
                 continue
             self._tiles.load(load, adapter)
         return failures
@@ -57,3 +59,12 @@ class ModelRunner:
     def run(self, prepared: PreparedBatch) -> Tensor:
         """Logits [Z, V] float32 of the batch's logit rows; its tokens' K and V are now in pages."""
         return self._decoder.forward(prepared.batch)
+
+
+def _error_info(info: AdapterInfo, error: Exception) -> ErrorInfo:
+    """What the adapter's requests are told; a bug of ours goes to the log with its traceback."""
+    if isinstance(error, LoRASwarmError):
+        return ErrorInfo(str(error), error.error_type, error.http_status)
+    _logger.error("adapter not read name=%r path=%r", info.name, str(info.path), exc_info=error)
+    message = f"adapter {info.name!r} could not be read: {type(error).__name__} (see the log)"
+    return ErrorInfo(message, EngineError.error_type, EngineError.http_status)

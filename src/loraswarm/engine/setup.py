@@ -100,7 +100,7 @@ def _resolve(config: EngineConfig, dtype: torch.dtype) -> EngineConfig:
             f"max_step_tokens is {config.max_step_tokens} but max_num_sequences is "
             f"{config.max_num_sequences}; a step must have room for one token of each sequence"
         )
-    num_threads = config.num_threads or _physical_cores()
+    num_threads = config.num_threads or min(_physical_cores(), cpu.max_num_threads())
     try:
         cpu.set_num_threads(num_threads)
     except ValueError as error:

@@ -12,11 +12,17 @@ from loraswarm.kernels.cpu.warming import warm_up
 __all__ = [
     "lora_expand_",
     "lora_shrink",
+    "max_num_threads",
     "paged_attention",
     "set_num_threads",
     "warm_up",
     "write_kv_",
 ]
+
+
+def max_num_threads() -> int:
+    """CPUs of this process, or what NUMBA_NUM_THREADS says."""
+    return threads.max_count
 
 
 def set_num_threads(num_threads: int) -> None:

@@ -53,7 +53,11 @@ class Threads:
     """How many threads every kernel uses, whichever thread calls it."""
 
     def __init__(self) -> None:
-        self._count = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+        self._count = min(torch.get_num_threads(), self.max_count)
+
+    @property
+    def max_count(self) -> int:
+        return int(numba.config.NUMBA_NUM_THREADS)
 
     def wake(self, num_products: int) -> int:
         """How many threads to use for so many multiply-adds; Numba will start that many.
@@ -66,9 +70,10 @@ class Threads:
 
     def set_count(self, count: int) -> None:
         """Raises ValueError unless `count` is from 1 to the number of CPUs of this process."""
-        most = numba.config.NUMBA_NUM_THREADS
-        if not 1 <= count <= most:
-            raise ValueError(f"num_threads is {count}; this process can use from 1 to {most}")
+        if not 1 <= count <= self.max_count:
+            raise ValueError(
+                f"num_threads is {count}; this process can use from 1 to {self.max_count}"
+            )
         self._count = count
 
 
