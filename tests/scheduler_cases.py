@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 from loraswarm.adapters.adapter import AdapterInfo, ModuleInfo
 from loraswarm.core.base_shape import BaseShape
@@ -35,6 +37,12 @@ def make_info(name: str, rank: int = 8, num_sites: int = SHAPE.num_linears) -> A
         modules=modules,
         num_bytes=0,
     )
+
+
+def make_odd_info(name: str, sites: list[int], rng: Random) -> AdapterInfo:
+    """An adapter of small ranks on some linears; most of it fills no page."""
+    modules = tuple(ModuleInfo(site, rng.choice([1, 2, 3, 5, 8]), 1.0) for site in sites)
+    return replace(make_info(name), modules=modules)
 
 
 def make_sequence(

@@ -12,6 +12,7 @@ from scheduler_cases import (
     GEOMETRY,
     expected_output,
     make_info,
+    make_odd_info,
     make_scheduler,
     make_sequence,
     results_of,
@@ -231,3 +232,34 @@ def test_random_traffic_loses_nothing_and_leaks_nothing():
         assert tokens[name] == expected_output(sequences[name])
     assert memory.pool.num_owned("kv") == 0
     assert memory.adapters.num_pinned == 0
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_is_accepted_runs_in_a_pool_with_room_for_little_else(seed):
+    rng = random.Random(seed)
+    scheduler, _ = make_scheduler(num_pages=14, max_step_tokens=512)
+    infos = [
+        make_odd_info(f"a{i}", sorted(rng.sample(range(14), rng.randint(1, 12))), rng)
+        for i in range(20)
+    ]
+    num_accepted = 0
+    for index in range(80):
+        chosen = rng.sample(infos, rng.randint(1, 3))
+        longest = scheduler.max_sequence_tokens(chosen)
+        total = longest - rng.randint(0, 40) if rng.random() < 0.4 else rng.randint(2, 20)
+        if 2 <= total <= longest:
+            num_answer = rng.randint(1, min(3, total - 1))
+            sequence = make_sequence(f"r{index}", total - num_answer, num_answer, *chosen)
+            scheduler.add(sequence, chosen)
+            num_accepted += 1
+        for _ in range(rng.randint(0, 3)):
+            step = scheduler.plan()
+            scheduler.commit(step, results_of(step))
+            scheduler.check()
+    assert num_accepted > 20
+    for _ in range(3000):
+        if not scheduler.has_work:
+            return
+        step = scheduler.plan()
+        scheduler.commit(step, results_of(step))
+    raise AssertionError("work is left after 3,000 steps")

@@ -1,4 +1,5 @@
-"""YAML that can neither run code nor grow: plain values, no aliases, bounded depth and size.
+"""YAML that can neither run code nor grow: plain values without tags or aliases, bounded depth and
+size.
 
 Knows nothing about what the values mean. Called by adapters/nemo_config.
 """
@@ -19,6 +20,16 @@ except ImportError:
 MAX_YAML_BYTES = 256 * 1024
 MAX_DEPTH = 32
 MAX_EVENTS = 50_000
+# What the constructors of values raise for text that only looks like a number or a date.
+_ERRORS = (
+    yaml.YAMLError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class _StrictLoader(_SafeLoader):
@@ -43,9 +54,8 @@ def read_yaml(text: bytes, label: str) -> dict[str, Any]:
     try:
         _check_events(text)
         values = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise AdapterError(f"{label} cannot be read as YAML: {reason}") from None
+    except _ERRORS as error:
+        raise AdapterError(f"{label} cannot be read as YAML: {one_line(str(error), 200)}") from None
     if not isinstance(values, dict):
         raise AdapterError(f"{label} is not a YAML mapping")
     return values
@@ -57,6 +67,8 @@ def _check_events(text: bytes) -> None:
     for count, event in enumerate(yaml.parse(text, Loader=_SafeLoader)):
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("aliases are not read; write the values out")
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"the tag {event.tag[:80]!r} is not read; write a plain value")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):

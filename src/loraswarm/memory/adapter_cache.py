@@ -92,7 +92,7 @@ class AdapterCache:
         return adapter_bytes(info, self._shape, self._geometry)
 
     def num_pages(self, info: AdapterInfo) -> int:
-        """The most pages the adapter takes, with nobody to share them with."""
+        """The most pages the adapter has a part in, whomever it shares them with."""
         packings = [self._shared_layout(matrix).packing for matrix in info.shared_matrices()]
         packings.append(self._layout(info).packing)
         return sum(packing.max_pages for packing in packings)

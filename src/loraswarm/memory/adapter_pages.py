@@ -27,6 +27,7 @@ class AdapterPages:
         self._shelves = Shelves(page_elements)
         self._shelf_owners: dict[int, Owner] = {}
         self._next_shelf = 0
+        self._max_pages: dict[str, int] = {}
 
     def take(self, wanted: Mapping[str, Packing]) -> dict[str, tuple[int, ...]]:
         """Room for new holders, all or none: where each piece of their packings begins.
@@ -46,10 +47,12 @@ class AdapterPages:
             for page, begin, _ in self._shelves.extents_of(holder):
                 pieces.append(page * self._page_elements + begin)
             starts[holder] = tuple(pieces)
+            self._max_pages[holder] = packing.max_pages
         return starts
 
     def free(self, holder: str) -> None:
         """Give back what the holder has; a shelf goes back to the pool when it is empty."""
+        del self._max_pages[holder]
         self._pool.free(_owner(holder))
         for page in self._shelves.release(holder):
             self._pool.free(self._shelf_owners.pop(page))
@@ -64,8 +67,12 @@ class AdapterPages:
         return num_whole + len(shared)
 
     def check(self, holders: Iterable[str]) -> None:
-        """Assert that these holders and no others have pages, and no place two of them."""
+        """Assert that these holders and no others have pages, none more than its packing says, and
+        no place two of them."""
         holders = list(holders)
+        assert set(holders) == self._max_pages.keys()
+        for holder, most in self._max_pages.items():
+            assert self.num_held([holder]) <= most, f"{holder} has a part in more than {most} pages"
         self._shelves.check(holders)
         assert self._shelves.pages == self._shelf_owners.keys()
         for page, owner in self._shelf_owners.items():

@@ -23,7 +23,8 @@ class Packing:
                 ^ block  ^ block        ^ block
 
     Block b begins at element `places[b][1]` of piece `places[b][0]`. `bins` has the sizes of
-    extents; those of one bin fit one page together. `num_elements` counts blocks, each aligned.
+    extents; those of one bin fit one page together, and are never spread over more than two.
+    `num_elements` counts blocks, each aligned.
     """
 
     num_pages: int
@@ -33,8 +34,8 @@ class Packing:
 
     @property
     def max_pages(self) -> int:
-        """The most pages it takes: with every bin in a page of its own."""
-        return self.num_pages + len(self.bins)
+        """The most pages it has a part in, whatever gaps in shared pages it goes to."""
+        return self.num_pages + sum(min(len(extents), 2) for extents in self.bins)
 
 
 def pack(sizes: Iterable[int], geometry: PageGeometry) -> Packing:

@@ -68,7 +68,8 @@ class Shelves:
     def plan(self, wanted: Mapping[str, Bins]) -> ShelfPlan:
         """Find room for extents of these sizes by holder; changes nothing.
 
-        The extents of one bin fit a page together, so there is at most one new page for each bin.
+        The extents of one bin fit a page together. They go to one page or to two, of which at most
+        one is new: how many pages a holder keeps from others is bounded, whatever gaps there are.
         """
         smallest = min((min(sizes) for bins in wanted.values() for sizes in bins), default=0)
         gaps = {
@@ -79,15 +80,11 @@ class Shelves:
         num_new_pages = 0
         extents: dict[str, tuple[Extent, ...]] = {}
         for holder, bins in wanted.items():
-            found = []
-            for size in (size for sizes in bins for size in sizes):
-                extent = _try_take(gaps, size)
-                if extent is None:
-                    num_new_pages += 1
-                    gaps[-num_new_pages] = [Gap(0, self._page_elements)]
-                    extent = _try_take({-num_new_pages: gaps[-num_new_pages]}, size)
-                assert extent is not None, "an extent is larger than a page"
-                found.append(extent)
+            found: list[Extent] = []
+            for sizes in bins:
+                new_page = -num_new_pages - 1
+                found += _place_bin(gaps, sizes, new_page, self._page_elements)
+                num_new_pages += new_page in gaps
             extents[holder] = tuple(found)
         return ShelfPlan(extents, num_new_pages)
 
@@ -149,14 +146,56 @@ class Shelves:
         _shrink(gaps, index, extent.size)
 
 
-def _try_take(gaps: Mapping[int, list[Gap]], size: int) -> Extent | None:
-    """The first gap of at least `size`, made smaller; None if there is none."""
+def _place_bin(
+    gaps: dict[int, list[Gap]], sizes: Sequence[int], new_page: int, page_elements: int
+) -> list[Extent]:
+    """Take room for a bin out of `gaps`: on one page if one has it, else what fits the page with
+    the most room and the rest on another; `new_page` is opened where no other has room."""
+    whole = _try_take_whole(gaps, sizes)
+    if whole is not None:
+        return whole
+    first: list[Extent | None] = [None] * len(sizes)
+    if gaps:
+        roomiest = max(gaps, key=lambda page: sum(gap.size for gap in gaps[page]))
+        first, gaps[roomiest] = _take_what_fits(roomiest, gaps[roomiest], sizes)
+    rest = [size for size, extent in zip(sizes, first, strict=True) if extent is None]
+    second = _try_take_whole(gaps, rest)
+    if second is None:
+        gaps[new_page] = [Gap(0, page_elements)]
+        second = _try_take_whole(gaps, rest)
+        assert second is not None, "a bin is larger than a page"
+    left = iter(second)
+    return [extent if extent is not None else next(left) for extent in first]
+
+
+def _try_take_whole(gaps: dict[int, list[Gap]], sizes: Sequence[int]) -> list[Extent] | None:
+    """Room for all of `sizes` on the first page that has it, taken out of `gaps`."""
     for page, page_gaps in gaps.items():
-        for index, gap in enumerate(page_gaps):
-            if gap.size >= size:
-                _shrink(page_gaps, index, size)
-                return Extent(page, gap.begin, size)
+        if sum(gap.size for gap in page_gaps) < sum(sizes):
+            continue
+        extents, left = _take_what_fits(page, page_gaps, sizes)
+        found = [extent for extent in extents if extent is not None]
+        if len(found) == len(sizes):
+            gaps[page] = left
+            return found
     return None
+
+
+def _take_what_fits(
+    page: int, gaps: Sequence[Gap], sizes: Sequence[int]
+) -> tuple[list[Extent | None], list[Gap]]:
+    """First-fit of each size into the page's gaps; the extents, None where none fits, and what is
+    left of the gaps."""
+    left = list(gaps)
+    extents: list[Extent | None] = []
+    for size in sizes:
+        index = next((i for i, gap in enumerate(left) if gap.size >= size), None)
+        if index is None:
+            extents.append(None)
+            continue
+        extents.append(Extent(page, left[index].begin, size))
+        _shrink(left, index, size)
+    return extents, left
 
 
 def _shrink(gaps: list[Gap], index: int, size: int) -> None:

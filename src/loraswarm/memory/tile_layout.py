@@ -17,6 +17,7 @@ import numpy as np
 
 from loraswarm.adapters.adapter import AdapterInfo, ModuleInfo, SharedMatrix, VectorName
 from loraswarm.core.base_shape import BaseShape
+from loraswarm.errors import AdapterError
 from loraswarm.memory.geometry import TILE_RANKS, PageGeometry
 from loraswarm.memory.packing import Packing, pack
 
@@ -130,6 +131,7 @@ def adapter_layout(info: AdapterInfo, shape: BaseShape, geometry: PageGeometry) 
     """The layout of an adapter's own blocks; adapters of one recipe get the same object.
 
     Cost    O(blocks log blocks) for a recipe that is new.
+    Raises  AdapterError naming the adapter, if one of its rows or vectors is longer than a page.
     """
     numbers = {matrix: number for number, matrix in enumerate(info.shared_matrices())}
     recipe = Recipe(
@@ -137,7 +139,23 @@ def adapter_layout(info: AdapterInfo, shape: BaseShape, geometry: PageGeometry) 
         shared=tuple((matrix.num_rows, matrix.width) for matrix in numbers),
         overlays=tuple((overlay.num_rows, overlay.width) for overlay in info.overlays),
     )
+    longest = max(_row_elements(info, geometry), default=0)
+    if longest > geometry.page_elements:
+        raise AdapterError(
+            f"adapter {info.name!r}: rank {info.max_rank:,} makes a row of {longest:,} elements; a"
+            f" page of this base holds {geometry.page_elements:,}. Train it with a lower rank"
+        )
     return _recipe_layout(recipe, shape, geometry)
+
+
+def _row_elements(info: AdapterInfo, geometry: PageGeometry) -> Iterator[int]:
+    """Elements of what the rank makes long: u, and rows of overlays; the rest is as wide as the
+    base."""
+    for module in info.modules:
+        if "u" in module.vectors:
+            yield module.rank * geometry.float32_elements
+    for overlay in info.overlays:
+        yield overlay.width
 
 
 @lru_cache(maxsize=64)

@@ -186,9 +186,10 @@ def _read_module(
     first_name, second_name = tensor_name(path, ".lokr_w1"), tensor_name(path, ".lokr_w2")
     first_left, first_right = _read_factor(factors[0], first_name, tensors)
     second_left, second_right = _read_factor(factors[1], second_name, tensors)
+    # torch.kron cannot view every transposed factor.
+    left_RO = torch.kron(first_left.t().contiguous(), second_left.t().contiguous())
     a_RI = tensors.fit(first_name, torch.kron(first_right, second_right))
-    bt_RO = tensors.fit(second_name, torch.kron(first_left.t(), second_left.t()))
-    return ModuleWeights(module, a_RI, bt_RO)
+    return ModuleWeights(module, a_RI, tensors.fit(second_name, left_RO))
 
 
 def _read_factor(factor: Factor, name: str, tensors: TensorReader) -> tuple[Tensor, Tensor]:
