@@ -308,7 +308,7 @@ def test_an_unexpected_failure_to_read_an_adapter_ends_its_own_requests_only(tmp
     engine._runner._read_adapter = failing
     events = run(engine, mixed_requests(["a000", "a001", None]))
     assert events["r1"][-1].error.http_status == 500
-    assert "adapter 'a001' could not be read: RuntimeError" in events["r1"][-1].error.message
+    assert "adapter 'a001' could not be loaded: RuntimeError" in events["r1"][-1].error.message
     assert "did not converge" in caplog.text
     assert all(events[name][-1].finish_reason == "length" for name in ("r0", "r2"))
     assert engine.stats().num_resident_adapters == 1

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from adapter_factory import peft_warnings_ignored
 from engine_factory import GREEDY, make_engine, make_request, prompt_of, run_tokens, save_swarm
 from fake_engine import FakeEngine
+from general_form import save_peft
 from loraswarm import LLM, InvalidRequest, UnknownAdapter
 from loraswarm.adapters.adapter import AdapterInfo, ModuleInfo, OverlayInfo
 from loraswarm.core.request import Request
+from loraswarm.engine.engine import Engine
 from loraswarm.engine.mixing import first_adapted, resolve_mix
+from model_factory import save_tiny_model
 from served_logits import SCORED, served_logits
 from server_harness import RunningServer, openai_client, running_server
 from tiny_tokenizers import byte_level
@@ -60,33 +65,54 @@ def engine(swarm):
     return make_engine(swarm)
 
 
-@pytest.mark.parametrize("name", MIXES)
-def test_a_weighted_sum_equals_peft_with_combination_type_cat(swarm, engine, name):
+def peft_sum(path: Path, mix: tuple[tuple[str, float], ...], tokens: list[int]) -> torch.Tensor:
+    """Logits [tokens - 1, V] of PEFT's weighted sum of adapters under `path`."""
     from peft import PeftModel
 
-    mix = MIXES[name]
-    model = AutoModelForCausalLM.from_pretrained(swarm / "model", attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(path / "model", attn_implementation="eager")
+    with peft_warnings_ignored():
+        adapted = PeftModel.from_pretrained(model, path / "adapters" / mix[0][0], mix[0][0])
+        for other, _ in mix[1:]:
+            adapted.load_adapter(path / "adapters" / other, other)
+        names, weights = zip(*mix, strict=True)
+        adapted.add_weighted_adapter(list(names), list(weights), "sum", combination_type="cat")
+        adapted.set_adapter("sum")
+    with torch.inference_mode():
+        return adapted.eval()(torch.tensor([tokens[:-1]])).logits[0]
+
+
+def check_sum(path: Path, engine: Engine, mix: tuple[tuple[str, float], ...]) -> None:
     requests = [
         mixed("mix", mix),
         make_request("base", None, prompt_of(1, 7), SCORED),
         make_request("alone", mix[0][0], prompt_of(3, 19), SCORED),
     ]
     found = served_logits(engine, requests)
-    with peft_warnings_ignored():
-        adapted = PeftModel.from_pretrained(model, swarm / "adapters" / mix[0][0], mix[0][0])
-        for other, _ in mix[1:]:
-            adapted.load_adapter(swarm / "adapters" / other, other)
-        names, weights = zip(*mix, strict=True)
-        adapted.add_weighted_adapter(list(names), list(weights), "sum", combination_type="cat")
-        adapted.set_adapter("sum")
-        adapted.eval()
     tokens, logits = found["mix"]
-    with torch.inference_mode():
-        expected = adapted(torch.tensor([tokens[:-1]])).logits[0]
-    assert_close(logits, expected, torch.float32)
+    assert_close(logits, peft_sum(path, mix, tokens), torch.float32)
     relative, absolute = TOLERANCE[torch.float32]
     alone = found["alone"][1][:18]
     assert not torch.allclose(logits[:18], alone, rtol=10 * relative, atol=10 * absolute)
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_a_weighted_sum_equals_peft_with_combination_type_cat(swarm, engine, name):
+    check_sum(swarm, engine, MIXES[name])
+
+
+def test_updates_of_the_embedding_and_the_lm_head_can_be_summed(tmp_path):
+    save_tiny_model(tmp_path / "model", "llama")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    targets = ["embed_tokens", "lm_head", "v_proj"]
+    for name, rank, chosen in (("x", 18, targets), ("y", 5, targets[:1]), ("z", 3, targets[1:])):
+        config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=9, target_modules=chosen)
+        save_peft(model, tmp_path / "adapters" / name, config, seed=rank)
+    engine = make_engine(tmp_path)
+    check_sum(tmp_path, engine, (("x", 0.7), ("y", -0.5)))
+    check_sum(tmp_path, engine, (("y", 1.5), ("x", 0.3)))
+    found = served_logits(engine, [mixed("xyz", (("z", 1.0), ("y", 1.0), ("x", 1.0)))])
+    again = served_logits(engine, [mixed("xyz", (("x", 1.0), ("y", 1.0), ("z", 1.0)))])
+    assert_close(found["xyz"][1], again["xyz"][1], torch.float32)
 
 
 def test_one_adapter_of_weight_one_is_that_adapter(engine):
@@ -120,9 +146,9 @@ def test_mixes_come_and_go_through_a_pool_with_room_for_one(swarm, engine):
     [
         ((("a000", 1.0), ("nobody", 1.0)), UnknownAdapter, "'nobody'; known: a000"),
         ((("a000", 1.0), ("a000", 0.5)), InvalidRequest, "names 'a000' twice"),
-        ((("a000", float("nan")),), InvalidRequest, "adapters is nan"),
-        ((("a000", 1e9),), InvalidRequest, r"\[-100, 100\]"),
-        ((("a000", "1"),), InvalidRequest, "adapters is '1'"),
+        ((("a000", float("nan")),), InvalidRequest, "'a000' the weight nan"),
+        ((("a000", 1e9),), InvalidRequest, "from -100 to 100"),
+        ((("a000", "1"),), InvalidRequest, "'a000' the weight '1'"),
         (((7, 1.0),), InvalidRequest, "name 7"),
         (tuple((f"a{i}", 1.0) for i in range(17)), InvalidRequest, "17 entries; at most 16"),
     ],
@@ -208,6 +234,19 @@ def test_offline_adapters_may_be_maps_of_weights(swarm):
     assert list(llm.stream("Hello", GREEDY, mix))[-1].finish_reason == "length"
     with pytest.raises(UnknownAdapter, match="'nobody'"):
         llm.generate("Hello", GREEDY, adapter={"nobody": 1.0})
+    for pairs in ([("a000", 0.7), ("a003", np.float32(0.4))], (("a000", 0.7), ("a003", 0.4))):
+        by_pairs = llm.generate(["Hello", "Hi"], GREEDY, adapter=pairs)
+        assert by_pairs[0].token_ids == outputs[0].token_ids
+        assert list(by_pairs[1].adapter) == ["a000", "a003"]
+    each = llm.generate(["Hello", "Hello"], GREEDY, adapter=[[("a000", 0.7), ("a003", 0.4)], None])
+    assert [output.token_ids for output in each] == [output.token_ids for output in outputs[:2]]
+    for nonsense in (7, {}, [], {"a000"}, ["a000", 7], ("a000", 0.5), [["a000", 0.5]], [True]):
+        with pytest.raises(InvalidRequest, match="adapter"):
+            llm.generate(["Hello", "Hi"], GREEDY, adapter=nonsense)
+    for nonsense in (7, {}, ["a000"], ("a000", 0.5), Path("a000")):
+        with pytest.raises(InvalidRequest, match="give a name, a map"):
+            next(llm.stream("Hello", GREEDY, nonsense))
+    assert not llm._engine.has_work
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +277,7 @@ def test_the_field_adapters_reaches_the_engine_from_both_endpoints(server):
         ({"adapters": [{"name": "tiny"}]}, 400, "'tiny', the base model"),
         ({"model": "sql", "adapters": [{"name": "team/router"}]}, 400, "an adapter itself"),
         ({"adapters": [{"name": "sql"}, {"name": "sql"}]}, 400, "twice"),
-        ({"adapters": [{"name": "sql", "weight": 1e6}]}, 400, "adapters is 1e+06"),
+        ({"adapters": [{"name": "sql", "weight": 1e6}]}, 400, "the weight 1000000.0"),
         ({"adapters": [{"name": "sql", "weight": "1"}]}, 400, "adapters[0].weight"),
         ({"adapters": [{"name": "sql", "scale": 1}]}, 400, "unknown field 'adapters[0].scale'"),
         ({"adapters": ["sql"]}, 400, "adapters[0]"),

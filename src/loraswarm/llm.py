@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import reprlib
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from tqdm import tqdm
@@ -28,7 +30,7 @@ from loraswarm.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 Prompt = str | Seq[int]
-AdapterChoice = str | Mapping[str, float] | None
+AdapterChoice = str | Mapping[str, float] | Seq[tuple[str, float]] | None
 Message = dict[str, Any]
 
 
@@ -41,7 +43,7 @@ class GenerationOutput:
     """
 
     prompt_token_ids: tuple[int, ...]
-    adapter: str | Mapping[str, float] | None
+    adapter: str | dict[str, float] | None
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
@@ -105,12 +107,13 @@ class LLM:
         """Answer prompts (texts or token ids) together; outputs are in the prompts' order.
 
         `params` and `adapter` are one for all prompts or one for each. An adapter is a name, a map
-        from names to weights (the weighted sum of their updates), or None for the base.
+        from names to weights or a list of (name, weight) pairs (the weighted sum of their updates),
+        or None for the base.
         Raises   InvalidRequest, UnknownAdapter or AdapterError before anything runs.
         """
         items = _as_prompts(prompts)
         all_params = _spread("params", params or SamplingParams(), len(items), SamplingParams)
-        names = _spread("adapter", adapter, len(items), str | Mapping | None)
+        names = _spread_adapters(adapter, len(items))
         requests = [
             self._request(prompt, one, name)
             for prompt, one, name in zip(items, all_params, names, strict=True)
@@ -161,7 +164,7 @@ class LLM:
             prompt_token_ids=tuple(token_ids),
             params=params,
             adapter=adapter if isinstance(adapter, str) and adapter != self.info.model else None,
-            adapters=tuple(adapter.items()) if isinstance(adapter, Mapping) else (),
+            adapters=_pairs(adapter),
         )
 
     def _run(self, requests: list[Request], use_progress_bar: bool) -> list[GenerationOutput]:
@@ -226,6 +229,42 @@ def _as_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | float)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def _spread_adapters(adapter: Any, count: int) -> list[Any]:
+    """One choice for all prompts, or one for each."""
+    is_one = adapter is None or isinstance(adapter, str | Mapping) or _are_pairs(adapter)
+    if is_one or not isinstance(adapter, list | tuple):
+        return [adapter] * count
+    return _spread("adapter", adapter, count, str)
+
+
+def _pairs(adapter: Any) -> tuple[tuple[str, float], ...]:
+    """A weighted sum as (name, weight) pairs; () for a name and for None.
+
+    Raises   InvalidRequest for what is neither.
+    """
+    if adapter is None or isinstance(adapter, str):
+        return ()
+    pairs = list(adapter.items()) if isinstance(adapter, Mapping) else adapter
+    if not pairs or not _are_pairs(pairs):
+        raise InvalidRequest(
+            f"adapter is {reprlib.repr(adapter)}; give a name, a map from names to weights, a list"
+            " of (name, weight) pairs, or None for the base",
+            "adapter",
+        )
+    return tuple((name, float(weight)) for name, weight in pairs)
+
+
+def _are_pairs(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(pair, tuple)
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and isinstance(pair[1], Real)
+        and not isinstance(pair[1], bool)
+        for pair in value
+    )
 
 
 def _spread(name: str, value: Any, count: int, single: Any) -> list[Any]:

@@ -17,6 +17,7 @@ MIN_TEMPERATURE = 1e-5
 MAX_INT = 2**63 - 1
 MAX_MIXED_ADAPTERS = 16
 MAX_ADAPTER_WEIGHT = 100.0
+MAX_SHOWN_NAME = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +142,13 @@ def check_adapters(adapters: tuple[tuple[str, float], ...]) -> None:
             raise InvalidRequest(f"adapters has the name {name!r}; it must be a text", "adapters")
         if names.count(name) > 1:
             raise InvalidRequest(f"adapters names {name!r} twice; add up its weights", "adapters")
-        _require_number("adapters", weight, -MAX_ADAPTER_WEIGHT, MAX_ADAPTER_WEIGHT)
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not is_number or not abs(weight) <= MAX_ADAPTER_WEIGHT:
+            raise InvalidRequest(
+                f"adapters gives {name[:MAX_SHOWN_NAME]!r} the weight {weight!r}; it must be a"
+                f" number from -{MAX_ADAPTER_WEIGHT:g} to {MAX_ADAPTER_WEIGHT:g}",
+                "adapters",
+            )
 
 
 def check_context(num_prompt: int, max_tokens: int | None, max_model_len: int) -> None:

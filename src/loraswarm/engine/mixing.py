@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraswarm.adapters.adapter import AdapterInfo
+from loraswarm.adapters.adapter import EMBEDDING_A, AdapterInfo
 from loraswarm.core.sequence import AdapterMix
 from loraswarm.errors import InvalidRequest
 
@@ -53,8 +53,9 @@ def first_adapted(infos: Sequence[AdapterInfo], prompt: Sequence[int]) -> int | 
 def _why_not_additive(info: AdapterInfo) -> str | None:
     if info.invocation_tokens is not None:
         return "it is activated by tokens of the prompt"
-    if info.overlays:
-        return f"it replaces weights ({info.overlays[0].paths[0]})"
+    replaced = [path for overlay in info.overlays for path in overlay.paths if path != EMBEDDING_A]
+    if replaced:
+        return f"it replaces weights ({replaced[0]})"
     if any({"g", "c"} & set(module.vectors) for module in info.modules):
         return f"a {info.method} adapter also scales the base's outputs or changes its biases"
     return None

@@ -45,10 +45,9 @@ class ModelRunner:
         for load in step.loads:
             try:
                 adapter = self._read_adapter(load.info, self._decoder, self._buffer.pool.dtype)
+                self._tiles.load(load, adapter)
             except Exception as error:  # whatever is in a file, it must harm its own requests only
                 failures[load.info.key] = _error_info(load.info, error)
-                continue
-            self._tiles.load(load, adapter)
         return failures
 
     def prepare(self, step: Step, kv_cache: KVCache) -> PreparedBatch:
@@ -65,6 +64,6 @@ def _error_info(info: AdapterInfo, error: Exception) -> ErrorInfo:
     """What the adapter's requests are told; a bug of ours goes to the log with its traceback."""
     if isinstance(error, LoRASwarmError):
         return ErrorInfo(str(error), error.error_type, error.http_status)
-    _logger.error("adapter not read name=%r path=%r", info.name, str(info.path), exc_info=error)
-    message = f"adapter {info.name!r} could not be read: {type(error).__name__} (see the log)"
+    _logger.error("adapter not loaded name=%r path=%r", info.name, str(info.path), exc_info=error)
+    message = f"adapter {info.name!r} could not be loaded: {type(error).__name__} (see the log)"
     return ErrorInfo(message, EngineError.error_type, EngineError.http_status)

@@ -40,13 +40,15 @@ class Overlay:
     """`rows` are used for tokens `begin : end` of the batch.
 
     With `token_ids` [num_rows] int64, ascending, they stand for those rows of the base's table
-    only; without, for all of it.
+    only; without, for all of it. Rows of the wide side of LoRA on the embedding go to columns of
+    h from `first_column` on (`kernels.reference.lora_shrink`).
     """
 
     begin: int
     end: int
     rows: PagedRows
     token_ids: Tensor | None = None
+    first_column: int = 0
 
 
 Overlays = Mapping[str, tuple[Overlay, ...]]

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraswarm.adapters.adapter import Adapter, SharedMatrix
+from loraswarm.adapters.adapter import EMBEDDING_A, Adapter, SharedMatrix
 from loraswarm.core.base_shape import BaseShape
 from loraswarm.core.sequence import AdapterKey, AdapterMix
-from loraswarm.kernels import TileTable
+from loraswarm.kernels import MAX_TILE_RANKS, TileTable
 from loraswarm.kernels.overlay import Overlay, Overlays, PagedRows
 from loraswarm.memory.adapter_cache import AdapterLoad, SharedPlace
 from loraswarm.memory.packing import Packing
@@ -50,7 +50,7 @@ class TileStore:
     """Tiles and overlays of every resident adapter, over one page buffer.
 
     A segment is a run of tokens and what acts on them: () the base, one adapter of weight 1, or a
-    weighted sum of adapters that have neither gains nor overlays.
+    weighted sum of adapters that neither have gains nor replace weights.
     """
 
     def __init__(self, buffer: PageBuffer, shape: BaseShape) -> None:
@@ -202,9 +202,8 @@ class TileStore:
     def _sum(self, mix: AdapterMix) -> AdapterTiles:
         residents = [(self._residents[key], weight) for key, weight in mix]
         is_single = len(mix) == 1 and mix[0][1] == 1.0
-        assert is_single or not any(resident.overlays for resident, _ in residents), (
-            "adapters with overlays cannot be summed"
-        )
+        paths = {path for resident, _ in residents for o in resident.overlays for path in o.paths}
+        assert is_single or paths <= {EMBEDDING_A}, "adapters that replace weights are never summed"
         return weighted_sum([(resident.tiles, weight) for resident, weight in residents])
 
     def _find_overlays(self, segments: tuple[Segment, ...]) -> Overlays:
@@ -212,12 +211,15 @@ class TileStore:
         end = 0
         for mix, num_tokens in segments:
             begin, end = end, end + num_tokens
-            if len(mix) != 1 or num_tokens == 0:
+            if num_tokens == 0:
                 continue
-            for place in self._residents[mix[0][0]].overlays:
-                overlay = Overlay(begin, end, place.rows, place.token_ids)
+            column = 0
+            for place in (p for key, _ in mix for p in self._residents[key].overlays):
+                overlay = Overlay(begin, end, place.rows, place.token_ids, column)
                 for path in place.paths:
                     found.setdefault(path, []).append(overlay)
+                if EMBEDDING_A in place.paths:
+                    column += -(-place.rows.width // MAX_TILE_RANKS) * MAX_TILE_RANKS
         return {path: tuple(overlays) for path, overlays in found.items()}
 
     def _forget_batch(self) -> None:

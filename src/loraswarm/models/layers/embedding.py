@@ -57,7 +57,8 @@ class Embedding:
         for overlay in batch.overlays.get(EMBEDDING_A, ()):
             ids_T = batch.token_ids[overlay.begin : overlay.end]
             at_TR = gather_rows(batch.pool, overlay.rows, ids_T)
-            h_QTR[0, overlay.begin : overlay.end, : overlay.rows.width] = at_TR
+            columns = slice(overlay.first_column, overlay.first_column + overlay.rows.width)
+            h_QTR[0, overlay.begin : overlay.end, columns] = at_TR
         return h_QTR
 
 
