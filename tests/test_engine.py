@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from adapter_factory import write_adapter
 from engine_factory import (
     GREEDY,
     make_engine,
@@ -19,6 +20,8 @@ from engine_factory import (
 )
 from loraswarm.core.request import SamplingParams
 from loraswarm.errors import AdapterError, ConfigError, InvalidRequest, UnknownAdapter
+from loraswarm.models.families import decoder_config
+from loraswarm.models.source import read_config
 from tolerance import assert_close
 
 NAMES = [f"a{i:03}" for i in range(8)]
@@ -312,6 +315,25 @@ def test_an_unexpected_failure_to_read_an_adapter_ends_its_own_requests_only(tmp
     assert "did not converge" in caplog.text
     assert all(events[name][-1].finish_reason == "length" for name in ("r0", "r2"))
     assert engine.stats().num_resident_adapters == 1
+
+
+def test_an_adapter_with_rows_longer_than_a_page_is_refused_when_asked_for(tmp_path):
+    save_swarm(tmp_path, 1)
+    shape = decoder_config(read_config(tmp_path / "model")).shape()
+    rank = make_engine(tmp_path)._runner._buffer.geometry.page_elements + 1
+    prefix = "base_model.model.model.embed_tokens"
+    write_adapter(
+        tmp_path / "adapters" / "wide",
+        {"peft_type": "LORA", "r": rank, "lora_alpha": 1, "target_modules": ["embed_tokens"]},
+        {
+            f"{prefix}.lora_embedding_A": torch.ones(rank, shape.vocab_size),
+            f"{prefix}.lora_embedding_B": torch.ones(shape.hidden_size, rank),
+        },
+    )
+    engine = make_engine(tmp_path)
+    with pytest.raises(AdapterError, match=rf"'wide': rank {rank:,} .* a page of this base holds"):
+        engine.add(make_request("x", "wide", prompt_of(0, 5)))
+    assert run_tokens(engine, [make_request("y", "a000", prompt_of(0, 5))])["y"]
 
 
 def test_refused_adapter_says_why_when_asked_for(tmp_path):
