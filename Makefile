@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint check format train-demo bench clean
+.PHONY: demo test lint check fuzz format train-demo bench clean
 
 demo: .venv/.demo            ## serve the bundled swarm, send one mixed batch, print the answers
 	$(BIN)/loraswarm demo
@@ -18,6 +18,10 @@ lint: .venv/.dev             ## ruff, formatting, mypy --strict
 
 check: lint                  ## linters, then the tests with coverage
 	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered
+
+fuzz: .venv/.dev             ## spoil adapter files at random: each must be read, or refused by name
+	$(BIN)/python tests/long/fuzz_adapters.py
+	$(BIN)/python tests/long/fuzz_methods.py
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix .

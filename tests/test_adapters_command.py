@@ -301,7 +301,7 @@ def test_headers_are_checked_without_torch(tmp_path, shape):
         (["adapters"], "Missing command"),
         (["adapters", "check"], "Missing argument"),
         (["adapters", "check", "/nonexistent"], "'/nonexistent' does not exist"),
-        (["adapters", "check", "MODEL/config.json"], "is neither a directory nor a .nemo file"),
+        (["adapters", "check", "MODEL/config.json"], "config.json' is not a directory"),
         (["adapters", "check", "MODEL"], "holds no adapters"),
         (["adapters", "check", "ADAPTER", "--model", "/nonexistent"], "no such directory"),
         (["adapters", "check", "ADAPTER", "--model", "ADAPTER"], "has no config.json"),
@@ -310,7 +310,7 @@ def test_headers_are_checked_without_torch(tmp_path, shape):
         (["adapters", "convert", "ADAPTER", "-o", "MODEL"], "is not empty"),
         (["adapters", "convert", "MODEL", "-o", "OUT"], "adapter_config.json is missing"),
         (["merge", "MODEL", "ADAPTER"], "Missing option"),
-        (["merge", "MODEL", "/nonexistent", "-o", "OUT"], "'/nonexistent': no such directory"),
+        (["merge", "MODEL", "/nonexistent", "-o", "OUT"], "'/nonexistent' does not exist"),
         (["merge", "/nonexistent", "ADAPTER", "-o", "OUT"], "no such directory"),
         (["merge", "ADAPTER", "ADAPTER", "-o", "OUT"], "has no config.json"),
         (["merge", "MODEL", "MODEL", "-o", "OUT"], "adapter_config.json is missing"),
@@ -335,19 +335,6 @@ def test_a_mistake_is_one_line_and_exit_code_1(
     assert printed.err.startswith("loraswarm: error: ")
     assert message in printed.err
     assert not (tmp_path / "out").exists()
-
-
-def test_merge_says_what_it_wrote(tmp_path, model, shape):
-    adapter = save_random_adapter(tmp_path / "adapter", shape, targets=["q_proj"])
-    done = run("merge", model, adapter, "-o", tmp_path / "deep" / "merged")
-    assert done.returncode == 0, done.stderr
-    before, after = (
-        load_file(path / "model.safetensors") for path in (model, tmp_path / "deep" / "merged")
-    )
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
-    assert f"2 of {len(before)} tensors changed" in done.stdout
-    assert "merged file=model.safetensors" in done.stderr
 
 
 def test_convert_writes_what_peft_writes(tmp_path, model, shape):

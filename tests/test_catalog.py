@@ -7,7 +7,9 @@ import os
 
 import pytest
 
-from adapter_factory import CONFIG_FILE, SMALL_SHAPE, save_random_adapter
+from adapter_factory import CONFIG_FILE, SMALL_SHAPE, WEIGHTS_FILE, save_random_adapter
+from locked_files import lock
+from loraswarm.adapters import catalog as catalog_module
 from loraswarm.adapters.catalog import Catalog
 from loraswarm.errors import AdapterError, ConfigError, UnknownAdapter
 
@@ -180,6 +182,69 @@ def test_a_scan_that_fails_leaves_the_catalog_as_it_was(tmp_path):
     with pytest.raises(ConfigError, match="root"):
         catalog.scan()
     assert list(catalog.served) == ["sql"]
+
+
+def test_whatever_describing_an_adapter_raises_refuses_that_adapter_alone(
+    tmp_path, monkeypatch, caplog
+):
+    for name in ("a", "bad", "z"):
+        save_random_adapter(tmp_path / name, SMALL_SHAPE)
+    describe = catalog_module.read_adapter_info
+
+    def failing(path, name, shape):
+        if name == "bad":
+            raise KeyError("surprise")
+        return describe(path, name, shape)
+
+    monkeypatch.setattr(catalog_module, "read_adapter_info", failing)
+    catalog = catalog_of(tmp_path)
+    assert list(catalog.served) == ["a", "z"]
+    assert refusals(catalog)["bad"] == "adapter 'bad' could not be read: KeyError (see the log)"
+    (traced,) = [record for record in caplog.records if record.exc_info]
+    assert "KeyError: 'surprise'" in caplog.text
+    assert "'bad'" in traced.getMessage()
+
+
+def test_weights_without_a_config_are_refused_instead_of_overlooked(tmp_path):
+    save_random_adapter(tmp_path / "sql", SMALL_SHAPE)
+    (tmp_path / "sql" / CONFIG_FILE).unlink()
+    assert CONFIG_FILE in refusals(catalog_of(tmp_path / "sql"))["sql"]
+
+
+def test_a_config_that_is_a_broken_link_makes_its_directory_a_refused_adapter(tmp_path):
+    save_random_adapter(tmp_path / "sql", SMALL_SHAPE)
+    (tmp_path / "sql" / CONFIG_FILE).unlink()
+    (tmp_path / "sql" / CONFIG_FILE).symlink_to(tmp_path / "blob")
+    save_random_adapter(tmp_path / "sql" / "checkpoint-7", SMALL_SHAPE)
+    assert list(refusals(catalog_of(tmp_path / "sql"))) == ["sql"]
+
+
+def test_files_beside_adapters_do_not_make_an_adapter_of_their_root(tmp_path):
+    save_random_adapter(tmp_path / "sql", SMALL_SHAPE)
+    for name in (WEIGHTS_FILE, f"{WEIGHTS_FILE}.bak"):
+        (tmp_path / name).write_bytes(b"x")
+    catalog = catalog_of(tmp_path)
+    assert list(catalog.served) == ["sql"]
+    assert catalog.refused == ()
+
+
+def test_a_root_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+    save_random_adapter(tmp_path / "locked" / "sql", SMALL_SHAPE)
+    lock(monkeypatch, tmp_path / "locked")
+    with pytest.raises(ConfigError, match=r"locked' cannot be read: Permission denied"):
+        catalog_of(tmp_path / "locked")
+
+
+def test_the_message_about_an_unknown_name_is_short_whatever_was_asked_for(tmp_path):
+    catalog = catalog_of(tmp_path)
+    with pytest.raises(UnknownAdapter) as caught:
+        catalog.resolve("x" * 201)
+    assert "x" * 200 in str(caught.value)
+    assert "x" * 201 not in str(caught.value)
+    assert "201 characters" in str(caught.value)
+    with pytest.raises(UnknownAdapter) as caught:
+        catalog.resolve("x" * 200)
+    assert str(caught.value) == f"no model or adapter is named {'x' * 200!r}; known: none"
 
 
 def test_each_refusal_and_the_scan_are_one_log_line(tmp_path, caplog):

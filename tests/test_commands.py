@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from adapter_factory import CONFIG_FILE, WEIGHTS_FILE, save_random_adapter, write_adapter
 from engine_factory import save_swarm
+from locked_files import lock
+from loraswarm.__main__ import main
+from loraswarm.adapters.catalog import Catalog
+from loraswarm.commands import adapters as adapters_command
+from loraswarm.commands import generate as generate_command
+from loraswarm.commands.adapters import CheckOptions, check
 from loraswarm.commands.options import parse_bytes
-from loraswarm.errors import ConfigError
+from loraswarm.config import EngineConfig
+from loraswarm.core.request import SamplingParams
+from loraswarm.errors import AdapterError, ConfigError, LoRASwarmError
+from loraswarm.models.families import decoder_config
+from loraswarm.models.source import read_config
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +126,219 @@ def test_sizes_are_read_with_their_units(text, expected):
 def test_sizes_without_meaning_are_refused(text):
     with pytest.raises(ConfigError, match="--x"):
         parse_bytes("--x", text)
+
+
+def failed(monkeypatch, capsys, *arguments: object) -> str:
+    """The one line on standard error of a command that ends with exit code 1, in this process."""
+    monkeypatch.setattr(sys, "argv", ["loraswarm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    printed = capsys.readouterr()
+    assert exited.value.code == 1
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("loraswarm: error: ")
+    return line
+
+
+def save_dora(path: Path, model: Path) -> None:
+    """An adapter that needs the weights of the base that it names."""
+    save_random_adapter(path, decoder_config(read_config(model)).shape(), targets=["q_proj"])
+    config = json.loads((path / CONFIG_FILE).read_text())
+    tensors = load_file(path / WEIGHTS_FILE)
+    for name in [name for name in tensors if "lora_B" in name]:
+        magnitude = name.replace("lora_B.weight", "lora_magnitude_vector")
+        tensors[magnitude] = torch.ones(len(tensors[name]))
+    write_adapter(path, config | {"use_dora": True, "base_model_name_or_path": str(model)}, tensors)
+
+
+def refused_by_generate(monkeypatch, model: Path, adapter: str, *roots: Path) -> str:
+    """Why `generate` refuses an adapter; it must do so before anything is loaded."""
+
+    def load(*arguments, **options):
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr(generate_command, "LLM", load)
+    config = EngineConfig(model=str(model), adapters=tuple(map(str, roots)))
+    with pytest.raises(LoRASwarmError) as caught:
+        generate_command.generate(config, adapter, "x", SamplingParams(), False)
+    return str(caught.value)
+
+
+def test_check_finds_and_names_what_the_server_does(swarm, tmp_path, capsys):
+    good = swarm / "adapters" / "a000"
+    for name in (b"good", b"mine.nemo", b"a\nb", b"\xff\xfe", b" led", b".hidden"):
+        shutil.copytree(os.fsencode(good), os.path.join(os.fsencode(tmp_path), name))
+    (tmp_path / "loose.nemo").write_bytes(b"x")
+    (tmp_path / "adapter_model.safetensors.bak").write_bytes(b"x")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    code = check([str(tmp_path)], CheckOptions(model=str(swarm / "model")), True)
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert code == 1
+    shape = decoder_config(read_config(swarm / "model")).shape()
+    catalog = Catalog([str(tmp_path)], shape)
+    catalog.scan()
+    served = {summary.name: summary.refusal for summary in catalog.summaries()}
+    assert {name: row["reason"] for name, row in rows.items()} == served
+    assert {name for name, row in rows.items() if row["verdict"] == "ok"} == {"good", "mine.nemo"}
+    assert "beside other adapters" in rows["loose.nemo"]["reason"]
+
+
+def test_a_nemo_file_is_checked_where_it_is_named_itself(tmp_path, capsys):
+    (tmp_path / "adapter_model.safetensors.bak").write_bytes(b"x")
+    (tmp_path / "broken.nemo").write_bytes(b"x")
+    for path in (tmp_path / "broken.nemo", tmp_path):
+        assert check([str(path)], CheckOptions(), True) == 1
+        (row,) = json.loads(capsys.readouterr().out)
+        assert row["name"] == ("broken" if path.is_file() else path.name)
+        assert "beside" not in row["reason"]
+
+
+@pytest.mark.parametrize("step", ["describe", "adapter_bytes", "read_adapter"])
+@pytest.mark.parametrize("error", [KeyError("surprise"), AdapterError("its block 7 is too large")])
+def test_whatever_checking_an_adapter_raises_refuses_that_adapter_alone(
+    swarm, capsys, monkeypatch, caplog, step, error
+):
+    original = getattr(adapters_command, step)
+    num_calls = 0
+
+    def failing(*arguments):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 1:
+            raise error
+        return original(*arguments)
+
+    monkeypatch.setattr(adapters_command, step, failing)
+    options = CheckOptions(model=str(swarm / "model"))
+    assert check([str(swarm / "adapters")], options, True) == 1
+    bad, good = json.loads(capsys.readouterr().out)
+    assert (bad["verdict"], good["verdict"]) == ("refused", "ok")
+    if isinstance(error, AdapterError):
+        assert bad["reason"] == "its block 7 is too large"
+        assert caplog.records == []
+    else:
+        assert bad["reason"] == "adapter 'a000' could not be read: KeyError (see the log)"
+        assert "KeyError: 'surprise'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["adapters", "check", "LOCKED"],
+        ["adapters", "check", "LOCKED/a.nemo"],
+        ["adapters", "check", "ADAPTER", "--model", "LOCKED/model"],
+        ["adapters", "convert", "LOCKED/sql", "-o", "OUT"],
+        ["adapters", "convert", "ADAPTER", "-o", "LOCKED/out"],
+        ["generate", "MODEL", "--prompt", "x", "--adapter", "LOCKED/sql"],
+        ["generate", "MODEL", "--prompt", "x", "--adapter", "sql", "--adapters", "LOCKED"],
+        ["generate", "LOCKED/model", "--prompt", "x"],
+        ["merge", "MODEL", "LOCKED/sql", "-o", "OUT"],
+        ["merge", "LOCKED/model", "ADAPTER", "-o", "OUT"],
+        ["merge", "MODEL", "ADAPTER", "-o", "LOCKED/out"],
+    ],
+)
+def test_a_directory_that_may_not_be_entered_is_one_line(
+    swarm, tmp_path, monkeypatch, capsys, arguments
+):
+    (tmp_path / "locked").mkdir()
+    places = {
+        "LOCKED": tmp_path / "locked",
+        "MODEL": swarm / "model",
+        "ADAPTER": swarm / "adapters" / "a000",
+        "OUT": tmp_path / "out",
+    }
+    pattern = "|".join(places)
+    filled = [re.sub(pattern, lambda match: str(places[match[0]]), text) for text in arguments]
+    lock(monkeypatch, tmp_path / "locked")
+    line = failed(monkeypatch, capsys, *filled)
+    assert "Permission denied" in line
+    assert str(tmp_path / "locked") in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_named_base_that_may_not_be_read_is_no_fault_of_the_adapter(
+    swarm, tmp_path, monkeypatch, capsys, file
+):
+    model = shutil.copytree(swarm / "model", tmp_path / "model")
+    path = tmp_path / "sql"
+    save_dora(path, model)
+    monkeypatch.setattr(os.path, "isfile", lambda place: True)
+    lock(monkeypatch, model / file)
+    assert check([str(path)], CheckOptions(), True) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["verdict"] == "needs_model"
+    assert re.search(f"the base that it names: .*{file}.*Permission denied", row["reason"])
+
+
+def test_an_error_of_the_system_is_one_line_even_if_no_command_foresaw_it(
+    swarm, monkeypatch, capsys
+):
+    for error, message in (
+        (PermissionError(13, "Permission denied", "/a\nb"), r"cannot access '/a\nb': Permission"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ):
+
+        def fail(*arguments, error=error):
+            raise error
+
+        monkeypatch.setattr("loraswarm.commands.adapters.convert", fail)
+        assert message in failed(monkeypatch, capsys, "adapters", "convert", "a", "-o", "b")
+
+
+def test_a_reader_that_goes_away_is_no_traceback(swarm):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loraswarm", "adapters", "check", str(swarm / "adapters")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    messages = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    process.stderr.close()
+    assert messages == ""
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ("PLACE/nowhere", "nowhere' does not exist"),
+        (
+            "nobody",
+            "'nobody' does not exist; give an adapter's directory, or --adapters and a name",
+        ),
+        ("PLACE/README.md", "README.md' is a file; give the directory"),
+        ("PLACE/loose.nemo", "loose.nemo' is a file; give the directory that holds it"),
+        ("PLACE", "holds neither adapter_config.json nor a .nemo file alone"),
+        ("PLACE/a\nb", "'a\\nb' cannot be a model id"),
+        ("PLACE/kasa", "kasa_config"),
+        ("PLACE/model", "has the name of the base model"),
+    ],
+)
+def test_generate_refuses_an_adapter_before_the_base_is_loaded(
+    swarm, tmp_path, monkeypatch, adapter, message
+):
+    for name in ("a\nb", "kasa", "model"):
+        shutil.copytree(swarm / "adapters" / "a000", tmp_path / name)
+    config_file = tmp_path / "kasa" / "adapter_config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps(config | {"kasa_config": {"beta": 1e-4}}))
+    for name in ("README.md", "loose.nemo", "second.nemo"):
+        (tmp_path / name).write_bytes(b"x")
+    place = adapter.replace("PLACE", str(tmp_path))
+    assert message in refused_by_generate(monkeypatch, swarm / "model", place)
+
+
+def test_generate_knows_the_names_before_the_base_is_loaded(swarm, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    roots = (swarm / "adapters", tmp_path)
+    reason = refused_by_generate(monkeypatch, swarm / "model", "nobody", *roots)
+    assert reason == "no model or adapter is named 'nobody'; known: a000, a001"
+    reason = refused_by_generate(monkeypatch, swarm / "model", "empty", *roots)
+    assert "adapter_config.json is missing" in reason
+    reason = refused_by_generate(monkeypatch, swarm / "model", "a000", tmp_path / "nowhere")
+    assert "nowhere' does not exist" in reason
+    with pytest.raises(AssertionError, match="the base was loaded"):
+        refused_by_generate(monkeypatch, swarm / "model", "a000", *roots)

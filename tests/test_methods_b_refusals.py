@@ -167,13 +167,6 @@ def test_an_unknown_key_that_is_on_is_refused(method, model, saved, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_trained_modules_are_refused(method, model, saved, tmp_path):
-    message = refusal(model, changed(saved[method], tmp_path, {"modules_to_save": ["norm"]}))
-    assert "modules_to_save" in message
-    assert "merge_and_unload" in message
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_keys_about_training_change_nothing(method, model, saved, tmp_path):
     path = changed(saved[method], tmp_path, TRAINING_KEYS[method])
     assert read_adapter_info(path, "a", shape_of(model)).method == method

@@ -1,4 +1,4 @@
-"""Rank 1, where matrices are single rows and columns: every method that has a rank, against PEFT."""
+"""Rank 1, where matrices are single rows and columns: every method that has one, against PEFT."""
 
 from __future__ import annotations
 

@@ -240,6 +240,8 @@ def main() -> None:
         sys.exit(_fail(str(error)))
     except TyperException as error:
         sys.exit(_fail(_describe(error)))
+    except OSError as error:
+        sys.exit(_fail(_describe_system(error)))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     sys.exit(code or 0)
@@ -251,8 +253,15 @@ def _describe(error: TyperException) -> str:
     return f"{text.rstrip('.')}. Try 'loraswarm --help'."
 
 
+def _describe_system(error: OSError) -> str:
+    """What no command foresaw: a disk that is full, a directory that may not be entered."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return reason if error.filename is None else f"cannot access {error.filename!r}: {reason}"
+
+
 def _fail(message: str) -> int:
-    print(f"loraswarm: error: {message}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    print(f"loraswarm: error: {line}", file=sys.stderr)
     return 1
 
 

@@ -47,13 +47,17 @@ class UnknownAdapter(LoRASwarmError):
     http_status = 404
     error_type = "not_found_error"
     max_names = 20
+    max_name_length = 200
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
         shown = ", ".join(names[: self.max_names])
         if len(names) > self.max_names:
             shown += f", ... ({len(names)} in all; GET /v1/models lists them)"
-        super().__init__(f"no model or adapter is named {name!r}; known: {shown or 'none'}")
+        asked = repr(name[: self.max_name_length])
+        if len(name) > self.max_name_length:
+            asked += f"... ({len(name):,} characters)"
+        super().__init__(f"no model or adapter is named {asked}; known: {shown or 'none'}")
 
 
 class AdapterError(LoRASwarmError):

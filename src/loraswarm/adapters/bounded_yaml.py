@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from loraswarm.adapters.printable import one_line, quoted
 from loraswarm.errors import AdapterError
 
 try:
@@ -20,6 +21,8 @@ except ImportError:
 MAX_YAML_BYTES = 256 * 1024
 MAX_DEPTH = 32
 MAX_EVENTS = 50_000
+# A number in base 60 takes time with the square of its length.
+MAX_PLAIN_CHARACTERS = 10_000
 # What the constructors of values raise for text that only looks like a number or a date.
 _ERRORS = (
     yaml.YAMLError,
@@ -39,7 +42,7 @@ class _StrictLoader(_SafeLoader):
         names: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in names:
-                raise yaml.YAMLError(f"key {key.value[:80]!r} stands there twice")
+                raise yaml.YAMLError(f"key {quoted(key.value)} stands there twice")
             names.add(key.value if isinstance(key, yaml.ScalarNode) else "")
         return super().construct_mapping(node, deep)
 
@@ -55,7 +58,8 @@ def read_yaml(text: bytes, label: str) -> dict[str, Any]:
         _check_events(text)
         values = yaml.load(text, Loader=_StrictLoader)
     except _ERRORS as error:
-        raise AdapterError(f"{label} cannot be read as YAML: {one_line(str(error), 200)}") from None
+        reason = one_line(" ".join(str(error).split()), 240)
+        raise AdapterError(f"{label} cannot be read as YAML: {reason}") from None
     if not isinstance(values, dict):
         raise AdapterError(f"{label} is not a YAML mapping")
     return values
@@ -67,9 +71,13 @@ def _check_events(text: bytes) -> None:
     for count, event in enumerate(yaml.parse(text, Loader=_SafeLoader)):
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("aliases are not read; write the values out")
-        if getattr(event, "tag", None) is not None:
-            raise yaml.YAMLError(f"the tag {event.tag[:80]!r} is not read; write a plain value")
-        if isinstance(event, yaml.CollectionStartEvent):
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise yaml.YAMLError(f"the tag {quoted(tag)} is not read; write a plain value")
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0]:
+            if len(event.value) > MAX_PLAIN_CHARACTERS:
+                raise yaml.YAMLError(f"a value has more than {MAX_PLAIN_CHARACTERS} characters")
+        elif isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from typing import Any
 
 from loraswarm.adapters import module_selection
-from loraswarm.adapters.expression_cost import is_too_costly
-from loraswarm.adapters.module_selection import ModuleSelection, Value
+from loraswarm.adapters.expression_cost import MAX_LIST_WAYS, MAX_WAYS, num_ways
+from loraswarm.adapters.module_selection import ModuleSelection, Patterns, Value
+from loraswarm.adapters.printable import one_line, shortened
 from loraswarm.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -21,10 +21,20 @@ MAX_RANK = 1_000_000
 MAX_ALPHA = 1e30
 MAX_LAYER = 1_000_000
 MAX_TOKEN_ID = 2**31 - 1
+# Limits on what is looked at for every module: EVA has a pattern for each of about 560 linears of a
+# model of 70B.
+MAX_PATTERNS = 2000
 MAX_NAMES = 1000
+MAX_TARGETS = 10_000
 
 SELECTION_KEYS = frozenset(
-    {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+    {
+        "exclude_modules",
+        "layers_pattern",
+        "layers_to_transform",
+        "modules_to_save",
+        "target_modules",
+    }
 )
 # Bookkeeping that every method's config has.
 BOOKKEEPING_KEYS = frozenset(
@@ -38,9 +48,6 @@ BOOKKEEPING_KEYS = frozenset(
         "task_type",
     }
 )
-
-_shortened = reprlib.Repr()
-_shortened.maxstring = _shortened.maxother = 80
 
 
 class ConfigKeys:
@@ -102,12 +109,12 @@ class ConfigKeys:
         """A finite number."""
         return _number(key, self.values.get(key, default))
 
-    def rank_patterns(self, key: str) -> tuple[tuple[str, int], ...]:
-        """A map from module names to ranks, in file order."""
+    def rank_patterns(self, key: str) -> Patterns[int]:
+        """A map from module names to ranks."""
         return self._patterns(key, _rank)
 
-    def number_patterns(self, key: str) -> tuple[tuple[str, float], ...]:
-        """A map from module names to numbers, in file order."""
+    def number_patterns(self, key: str) -> Patterns[float]:
+        """A map from module names to numbers."""
         return self._patterns(key, _number)
 
     def token_ids(self, key: str) -> tuple[int, ...] | None:
@@ -135,12 +142,8 @@ class ConfigKeys:
         value = self.values.get(key) or []
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise self.refusal(key, "it must be a list of module names")
-        if len(value) > MAX_NAMES:
-            raise self.refusal(key, f"it has {len(value)} names; at most {MAX_NAMES} are read")
-        for name in value:
-            _check_expression(
-                f"{key}[{shortened(name)}]", module_selection.replaced_expression(name)
-            )
+        _check_length(key, value, MAX_NAMES)
+        _check_expressions(key, value, module_selection.replaced_expression)
         return tuple(value)
 
     def names(self, key: str) -> str | frozenset[str]:
@@ -151,9 +154,10 @@ class ConfigKeys:
         if isinstance(value, str):
             _check_expression(key, value)
             return value
-        if isinstance(value, list) and all(isinstance(name, str) for name in value):
-            return frozenset(value)
-        raise self.refusal(key, "it must be a list of names or one regular expression")
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.refusal(key, "it must be a list of names or one regular expression")
+        _check_length(key, value, MAX_TARGETS)
+        return frozenset(value)
 
     def selection(self) -> ModuleSelection:
         """The modules that SELECTION_KEYS select; target_modules must be there."""
@@ -169,9 +173,10 @@ class ConfigKeys:
             raise self.refusal("layers_pattern", "layers_to_transform is missing")
         listed = self.values.get("layers_pattern") or []
         ordered = (listed,) if isinstance(listed, str) else tuple(listed)
-        for pattern in ordered:
-            _check_expression("layers_pattern", module_selection.layer_expression(pattern))
-        return ModuleSelection(targets, self.names("exclude_modules"), layers, ordered)
+        _check_length("layers_pattern", ordered, MAX_NAMES)
+        _check_expressions("layers_pattern", ordered, module_selection.layer_expression)
+        excluded, replaced = self.names("exclude_modules"), self.name_list("modules_to_save")
+        return ModuleSelection(targets, excluded, layers, ordered, replaced)
 
     def _layers(self) -> frozenset[int] | None:
         value = self.values.get("layers_to_transform")
@@ -182,25 +187,18 @@ class ConfigKeys:
             raise self.refusal("layers_to_transform", "it must be a layer index or a list of them")
         return frozenset(layers)
 
-    def _patterns(
-        self, key: str, number: Callable[[str, Any], Value]
-    ) -> tuple[tuple[str, Value], ...]:
+    def _patterns(self, key: str, number: Callable[[str, Any], Value]) -> Patterns[Value]:
         mapping = self.values.get(key)
         if mapping is None:
-            return ()
+            return Patterns()
         if not isinstance(mapping, dict):
             raise self.refusal(key, "it must map module names to numbers")
-        patterns = []
-        for pattern, value in mapping.items():
-            label = f"{key}[{shortened(pattern)}]"
-            _check_expression(label, module_selection.key_expression(pattern))
-            patterns.append((pattern, number(label, value)))
-        return tuple(patterns)
-
-
-def shortened(value: Any) -> str:
-    """The value as messages show it, of bounded length."""
-    return _shortened.repr(value)
+        _check_length(key, mapping, MAX_PATTERNS)
+        expressions = [name for name in mapping if not module_selection.is_literal(name)]
+        _check_expressions(key, expressions, module_selection.key_expression)
+        return Patterns(
+            (name, number(f"{key}[{shortened(name)}]", value)) for name, value in mapping.items()
+        )
 
 
 def _rank(key: str, value: Any) -> int:
@@ -216,9 +214,31 @@ def _number(key: str, value: Any) -> float:
     return float(value)
 
 
-def _check_expression(key: str, expression: str) -> None:
+def _check_length(key: str, values: Collection[Any], limit: int) -> None:
+    if len(values) > limit:
+        raise AdapterError(
+            f"{CONFIG_FILE}: {key} has {len(values)} entries; at most {limit} are read: give one"
+            " name or regular expression to modules that are alike"
+        )
+
+
+def _check_expressions(key: str, names: Iterable[str], expression: Callable[[str], str]) -> None:
+    """Each by itself, and all together: each is matched with every module."""
+    ways = 0
+    for name in names:
+        ways += _check_expression(f"{key}[{shortened(name)}]", expression(name))
+        if ways > MAX_LIST_WAYS:
+            raise AdapterError(
+                f"{CONFIG_FILE}: {key} has regular expressions that together may take too long to"
+                " match; give simpler ones, or names"
+            )
+
+
+def _check_expression(key: str, expression: str) -> int:
+    """How many ways there are through a valid expression."""
     try:
-        if is_too_costly(expression):
+        ways = num_ways(expression)
+        if ways > MAX_WAYS:
             raise AdapterError(
                 f"{CONFIG_FILE}: {key} is a regular expression that may take too long to match;"
                 " give a simpler one, or a list of names"
@@ -226,9 +246,10 @@ def _check_expression(key: str, expression: str) -> None:
         module_selection.compiled(expression)
     except (re.error, OverflowError, RecursionError) as error:
         raise AdapterError(
-            f"{CONFIG_FILE}: {key} is not a valid regular expression: {error}"
+            f"{CONFIG_FILE}: {key} is not a valid regular expression: {one_line(str(error))}"
         ) from None
+    return ways
 
 
 def _refusal(key: str, value: Any, reason: str) -> AdapterError:
-    return AdapterError(f"{CONFIG_FILE}: {key} is {shortened(value)}: {reason}")
+    return AdapterError(f"{CONFIG_FILE}: {one_line(key)} is {shortened(value)}: {reason}")

@@ -14,14 +14,16 @@ from typing import Any
 
 MAX_EXPRESSION_CHARACTERS = 10_000
 MAX_WAYS = 300_000
+# Of all expressions of a list.
+MAX_LIST_WAYS = 10_000_000
 # No module's path is longer: model.layers.1000.self_attn.down_proj.
 PATH_CHARACTERS = 40
 _parser = importlib.import_module("re._parser")
 
 
 @lru_cache(maxsize=4096)
-def is_too_costly(expression: str) -> bool:
-    """Whether matching may take more than MAX_WAYS ways through the expression.
+def num_ways(expression: str) -> int:
+    """The most ways through the expression that matching may take; above MAX_WAYS, any number.
 
     Semantics  counts ways to match a text of PATH_CHARACTERS: k unbounded repeats of one character
                in a row split it in (characters + k choose k) ways; alternatives that can begin
@@ -29,9 +31,9 @@ def is_too_costly(expression: str) -> bool:
     Raises     re.error for a malformed expression.
     """
     if len(expression) > MAX_EXPRESSION_CHARACTERS:
-        return True
+        return MAX_WAYS + 1
     ways, num_repeats = _count(_parser.parse(expression))
-    return ways * math.comb(PATH_CHARACTERS + num_repeats, num_repeats) > MAX_WAYS
+    return ways * math.comb(PATH_CHARACTERS + num_repeats, num_repeats)
 
 
 def _count(pattern: Any) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from loraswarm.adapters.printable import quoted
 from loraswarm.errors import AdapterError
 
 # A tensor takes about 40.
@@ -90,7 +91,7 @@ def _tensors(result: Any, label: str) -> dict[str, PickledTensor]:
         if type(value) is not PickledTensor:
             kind = "a nested dict" if type(value) is dict else f"a {type(value).__name__}"
             raise AdapterError(
-                f"{label}: {name[:200]!r} is {kind}, not a tensor; save a flat state dict"
+                f"{label}: {quoted(name)} is {kind}, not a tensor; save a flat state dict"
             )
     return result
 
@@ -204,7 +205,7 @@ class _Machine:
         if type(target) is not dict or type(key) is not str:
             raise _Malformed("has a dict whose keys are not names")
         if key in target:
-            raise _Malformed(f"names {key[:200]!r} twice")
+            raise _Malformed(f"names {quoted(key)} twice")
         target[key] = value
 
     def load_storage(self) -> None:

@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from loraswarm.core.base_shape import TARGETS
 
 ALL_LINEAR = "all-linear"
 Value = TypeVar("Value", int, float)
+_LITERAL = re.compile(r"[A-Za-z0-9_.]*")
 _FIRST_NUMBERED = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 
@@ -65,12 +66,45 @@ class ModuleSelection:
         return False
 
 
-def find_pattern(patterns: Iterable[tuple[str, Value]], path: str) -> tuple[str, Value] | None:
-    """The first (key, value) of a rank_pattern or alpha_pattern that applies to `path`, if any."""
-    for key, value in patterns:
-        if compiled(key_expression(key)).match(path):
-            return key, value
-    return None
+class Patterns(Generic[Value]):
+    """A rank_pattern or alpha_pattern: the first key that applies to a path gives its value.
+
+    Compares and hashes as its (key, value) pairs, in file order. Looks for each path once.
+    """
+
+    __slots__ = ("_found", "_hash", "_matchers", "_pairs")
+
+    def __init__(self, pairs: Iterable[tuple[str, Value]] = ()) -> None:
+        self._pairs: tuple[tuple[str, Value], ...] = tuple(pairs)
+        self._hash: int = hash(self._pairs)
+        self._found: dict[str, tuple[str, Value] | None] = {}
+        # Most keys are names, whose ends are compared in a tenth of the time of an expression.
+        self._matchers = [
+            None if is_literal(key) else compiled(key_expression(key)) for key, _ in self._pairs
+        ]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Patterns) and self._pairs == other._pairs
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def find(self, path: str) -> tuple[str, Value] | None:
+        """The key that applies to `path`, and its value; None if none does."""
+        if path not in self._found:
+            self._found[path] = self._search(path)
+        return self._found[path]
+
+    def _search(self, path: str) -> tuple[str, Value] | None:
+        for pair, matcher in zip(self._pairs, self._matchers, strict=True):
+            if _ends_with(path, pair[0]) if matcher is None else matcher.match(path):
+                return pair
+        return None
+
+
+def is_literal(pattern: str) -> bool:
+    """Whether a pattern is a name, with nothing special in it but dots."""
+    return _LITERAL.fullmatch(pattern) is not None
 
 
 def key_expression(pattern: str) -> str:
@@ -100,6 +134,15 @@ def _ends_with_any(path: str, names: frozenset[str]) -> bool:
 
 def _endings(path: str) -> Iterator[str]:
     """`a.b.c` -> `b.c`, `c`."""
-    while path:
+    while "." in path:
         path = path.partition(".")[2]
         yield path
+
+
+def _ends_with(path: str, name: str) -> bool:
+    """What `key_expression` of a name matches: a dot in it stands for any character."""
+    start = len(path) - len(name)
+    if start < 0 or (start > 0 and path[start - 1] != "."):
+        return False
+    end = path[start:]
+    return end == name or all(char in (".", found) for char, found in zip(name, end, strict=True))

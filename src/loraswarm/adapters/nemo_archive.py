@@ -23,6 +23,7 @@ from loraswarm.adapters.nemo_config import (
     parse_nemo_config,
 )
 from loraswarm.adapters.nemo_layout import to_peft
+from loraswarm.adapters.printable import one_line, quoted
 from loraswarm.adapters.source import open_regular
 from loraswarm.adapters.state_dict_pickle import read_state_dict
 from loraswarm.adapters.stored_tensor import Span, TensorEntry
@@ -66,14 +67,15 @@ class NemoArchive(TensorFile):
     @contextmanager
     def open(cls, path: Path) -> Iterator[NemoArchive]:
         """Raises AdapterError naming the file, the member, the key or the tensor that is wrong."""
+        label = one_line(path.name, 100)
         with open_regular(path) as original:
             is_packed = original.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
             original.seek(0)
             if not is_packed:
-                yield cls(path.name, original, original)
+                yield cls(label, original, original)
                 return
-            with _unpack(original, path.name) as tar:
-                yield cls(path.name, original, tar)
+            with _unpack(original, label) as tar:
+                yield cls(label, original, tar)
 
     def digest(self) -> str:
         """See `AdapterSource`; config and pickles are read anew."""
@@ -107,7 +109,7 @@ def _checkpoints(config: NemoConfig, members: Mapping[str, Span], label: str) ->
     for name in sorted(names ^ found):
         state = "missing" if name in names else "there, but not called for"
         raise AdapterError(
-            f"{label}: {name[:200]!r} is {state}; {CONFIG_MEMBER} says that"
+            f"{label}: {quoted(name)} is {state}; {CONFIG_MEMBER} says that"
             f" tensor_model_parallel_size is {config.tensor_parallel} and"
             f" pipeline_model_parallel_size is {config.pipeline_parallel}"
         )

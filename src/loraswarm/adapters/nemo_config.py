@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraswarm.adapters.bounded_yaml import read_yaml
-from loraswarm.adapters.config_keys import MAX_ALPHA, MAX_LAYER, MAX_RANK, shortened
+from loraswarm.adapters.config_keys import MAX_ALPHA, MAX_LAYER, MAX_RANK
+from loraswarm.adapters.printable import one_line, shortened
 from loraswarm.errors import AdapterError
 
 CONFIG_MEMBER = "model_config.yaml"
@@ -153,9 +154,9 @@ class _Keys:
 
     def refusal(self, key: str, reason: str) -> AdapterError:
         value = shortened(self.values.get(key))
-        return AdapterError(
-            f"{self._label}: {CONFIG_MEMBER}: {self._prefix}{key} is {value}: {reason}"
-        )
+        # YAML has keys that are no text.
+        name = one_line(self._prefix + (key if isinstance(key, str) else shortened(key)))
+        return AdapterError(f"{self._label}: {CONFIG_MEMBER}: {name} is {value}: {reason}")
 
     def count(self, key: str, limit: int, default: int | None = None) -> int:
         """A whole number from 1 on; `default` where the key is absent or null."""

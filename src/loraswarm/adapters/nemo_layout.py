@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from loraswarm.adapters.nemo_config import CONFIG_MEMBER, NemoConfig
 from loraswarm.adapters.plan import PREFIX
+from loraswarm.adapters.printable import quoted
 from loraswarm.adapters.stored_tensor import RowBlocks, SideBySide, StoredTensor, TensorEntry
 from loraswarm.core.base_shape import ATTENTION_TARGETS
 from loraswarm.errors import AdapterError
@@ -62,7 +63,7 @@ class _Piece:
     label: str
 
     def error(self, problem: str) -> AdapterError:
-        return AdapterError(f"{self.label}: tensor {self.name[:200]!r} {problem}")
+        return AdapterError(f"{self.label}: tensor {quoted(self.name)} {problem}")
 
 
 def to_peft(config: NemoConfig, stages: Sequence[Shards], label: str) -> dict[str, StoredTensor]:
@@ -80,7 +81,7 @@ def to_peft(config: NemoConfig, stages: Sequence[Shards], label: str) -> dict[st
             layer = int(match["layer"])
             if len(stages) > 1 and layer >= stage_layers:
                 raise AdapterError(
-                    f"{label}: tensor {name[:200]!r} of pipeline stage {index} is of layer {layer};"
+                    f"{label}: tensor {quoted(name)} of pipeline stage {index} is of layer {layer};"
                     f" a stage has {stage_layers}"
                 )
             entries = tuple(rank[name] for rank in shards)
@@ -97,12 +98,12 @@ def _match(name: str, label: str) -> re.Match[str]:
     match = _NAME.fullmatch(name)
     for part, reason in _REFUSED.items():
         if part in name:
-            raise AdapterError(f"{label}: tensor {name[:200]!r}: {reason}")
+            raise AdapterError(f"{label}: tensor {quoted(name)}: {reason}")
     if match is not None and match["adapter"] in _TARGETS:
         is_attention = _TARGETS[match["adapter"]][0] in ATTENTION_TARGETS
         if is_attention == (match["block"] == "self_attention"):
             return match
-    raise AdapterError(f"{label}: tensor {name[:200]!r} is none of a NeMo LoRA adapter's")
+    raise AdapterError(f"{label}: tensor {quoted(name)} is none of a NeMo LoRA adapter's")
 
 
 def _check_ranks(shards: Shards, label: str) -> None:
@@ -110,7 +111,7 @@ def _check_ranks(shards: Shards, label: str) -> None:
         for name in sorted(tensors.keys() ^ shards[0].keys()):
             place = "only there" if name in tensors else "missing there"
             raise AdapterError(
-                f"{label}: tensor {name[:200]!r} differs between ranks; rank {rank}: {place}"
+                f"{label}: tensor {quoted(name)} differs between ranks; rank {rank}: {place}"
             )
 
 

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from loraswarm.adapters.adapter import ModuleInfo, ModuleWeights, OverlayInfo
+from loraswarm.adapters.printable import quoted
 from loraswarm.adapters.source import FLOAT_DTYPES, INDEX_DTYPES, TensorSpec
 from loraswarm.errors import AdapterError
 
@@ -27,7 +28,7 @@ class AdapterPlan:
 
     `index_tensors` are those among `tensor_shapes` that hold whole numbers instead of floats.
     `copies` may be in the file and change nothing: PEFT's copies of base weights, and what only
-    training looks at.
+    training looks at. `advice` is what to do about an adapter that is served, but at a cost.
     """
 
     method: str
@@ -37,6 +38,7 @@ class AdapterPlan:
     invocation_tokens: tuple[int, ...] | None = None
     index_tensors: frozenset[str] = frozenset()
     copies: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    advice: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,11 @@ def check_tensors(plan: AdapterPlan, label: str, found: Mapping[str, TensorSpec]
         allowed = INDEX_DTYPES if name in plan.index_tensors else FLOAT_DTYPES
         if spec.dtype not in allowed:
             raise AdapterError(
-                f"{label}: tensor {name[:200]!r} is {spec.dtype}; supported: {', '.join(allowed)}"
+                f"{label}: tensor {quoted(name)} is {spec.dtype}; supported: {', '.join(allowed)}"
             )
     for name in sorted(found.keys() - expected.keys() - plan.copies.keys()):
         raise AdapterError(
-            f"{label}: tensor {name[:200]!r} is none that the config calls for, as a"
+            f"{label}: tensor {quoted(name)} is none that the config calls for, as a"
             f" {plan.method} adapter of this base; it would not be applied"
         )
     for name in sorted(expected.keys() - found.keys()):

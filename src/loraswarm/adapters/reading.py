@@ -7,6 +7,7 @@ loads weights.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from loraswarm.errors import AdapterError
 
 if TYPE_CHECKING:
     import torch
+
+_logger = logging.getLogger(__name__)
 
 
 def read_adapter_info(path: Path, name: str, shape: BaseShape) -> AdapterInfo:
@@ -67,6 +70,8 @@ def read_adapter(info: AdapterInfo, base: BaseWeights, dtype: torch.dtype) -> Ad
         keys = ConfigKeys.parse(source.config)
         method = method_of(keys)
         plan = method.plan(keys, base.shape, source)
+        if plan.advice:
+            _logger.warning("adapter loads slowly name=%r advice=%r", info.name, plan.advice)
         weights = method.read(plan, keys, TensorReader(source, dtype), base)
         _require_unchanged(info, source)
         return Adapter(info, weights.modules, weights.overlays, weights.shared)

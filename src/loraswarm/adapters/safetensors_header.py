@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from io import BufferedReader
 from typing import Any
 
+from loraswarm.adapters.printable import quoted
 from loraswarm.adapters.source import TensorSpec
 from loraswarm.adapters.stored_tensor import (
     DTYPE_BYTES,
@@ -127,4 +128,4 @@ def _check_layout(entries: dict[str, TensorEntry], data_start: int, file_bytes: 
 
 
 def _broken(name: str, problem: str) -> AdapterError:
-    return AdapterError(f"{WEIGHTS_FILE}: tensor {name[:200]!r} {problem}")
+    return AdapterError(f"{WEIGHTS_FILE}: tensor {quoted(name)} {problem}")

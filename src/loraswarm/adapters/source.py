@@ -15,6 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from loraswarm.adapters.printable import MAX_MESSAGE_CHARACTERS, one_line, quoted
 from loraswarm.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -108,14 +109,14 @@ def _find_nemo(path: Path) -> Path | None:
         return None
     if len(archives) > 1:
         raise AdapterError(
-            f"there are {len(archives)} {NEMO_SUFFIX} files, {archives[0]!r} and others; give each"
-            " a directory of its own"
+            f"there are {len(archives)} {NEMO_SUFFIX} files, {quoted(archives[0])} and others; give"
+            " each a directory of its own"
         )
     beside = [name for name in names if name in PEFT_FILES]
     if beside:
         raise AdapterError(
-            f"{archives[0]!r} lies beside {beside[0]!r}: two adapters; give each a directory of"
-            " its own"
+            f"{quoted(archives[0])} lies beside {beside[0]!r}: two adapters; give each a directory"
+            " of its own"
         )
     return path / archives[0]
 
@@ -123,24 +124,28 @@ def _find_nemo(path: Path) -> Path | None:
 def open_regular(path: Path) -> BufferedReader:
     """Open a file, never a pipe or a device, which could block."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise AdapterError(f"{path.name} is not a regular file")
+        raise AdapterError(f"{one_line(path.name)} is not a regular file")
     # It may have become a pipe since: never wait for a writer, and look again.
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise AdapterError(f"{path.name} is not a regular file")
+        raise AdapterError(f"{one_line(path.name)} is not a regular file")
     return file
 
 
 @contextmanager
 def errors_name(name: str) -> Iterator[None]:
-    """Errors inside say which adapter; an unreadable file is an AdapterError too."""
+    """Errors inside say which adapter, in one printable line; an unreadable file is one too."""
     try:
         yield
     except AdapterError as error:
-        raise AdapterError(f"adapter {name!r}: {error}") from error
+        message = str(error)
+        cause: Exception = error
     except OSError as error:
         file_name = os.path.basename(os.fspath(error.filename or "a file"))
-        raise AdapterError(
-            f"adapter {name!r}: cannot read {file_name!r}: {error.strerror or error}"
-        ) from error
+        message = f"cannot read {quoted(os.fsdecode(file_name))}: {error.strerror or error}"
+        cause = error
+    else:
+        return
+    line = one_line(f"adapter {quoted(name)}: {message}", MAX_MESSAGE_CHARACTERS)
+    raise AdapterError(line) from cause

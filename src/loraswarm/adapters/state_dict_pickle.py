@@ -12,6 +12,7 @@ import os
 from io import BufferedReader
 
 from loraswarm.adapters.inert_pickle import PickledTensor, read_state_dict_pickle
+from loraswarm.adapters.printable import quoted
 from loraswarm.adapters.stored_tensor import DTYPE_BYTES, MAX_DIMENSIONS, Span, TensorEntry
 from loraswarm.adapters.zip_directory import read_zip
 from loraswarm.errors import AdapterError
@@ -114,4 +115,4 @@ def _is_contiguous(tensor: PickledTensor) -> bool:
 
 def _broken(place: tuple[str, str], problem: str) -> AdapterError:
     label, name = place
-    return AdapterError(f"{label}: tensor {name[:200]!r} {problem}")
+    return AdapterError(f"{label}: tensor {quoted(name)} {problem}")

@@ -11,6 +11,7 @@ import os
 from io import BufferedReader
 from typing import NamedTuple
 
+from loraswarm.adapters.printable import quoted
 from loraswarm.adapters.stored_tensor import Span
 from loraswarm.errors import AdapterError
 
@@ -57,7 +58,7 @@ def read_tar(file: BufferedReader, label: str) -> dict[str, Span]:
             return members
         name, span = member
         if name in members:
-            raise AdapterError(f"{label} has two members named {name[:200]!r}")
+            raise AdapterError(f"{label} has two members named {quoted(name)}")
         if span is not None:
             members[name] = span
     raise AdapterError(f"{label} has more than {MAX_MEMBERS} members")
@@ -96,12 +97,12 @@ class _TarReader:
         name = self._safe_name(extended.get("path", header.name))
         size_text = extended.get("size", "")
         if size_text and not (size_text.isascii() and size_text.isdigit() and len(size_text) < 20):
-            raise self._error(f"has the member {name[:200]!r} without a size")
+            raise self._error(f"has the member {quoted(name)} without a size")
         if header.kind == _DIRECTORY:
             return name + "/", None
         if header.kind not in _FILES:
             kind = _KINDS.get(header.kind, f"of the unknown type {header.kind!r}")
-            raise self._error(f"has the member {name[:200]!r}, {kind}; only plain files are read")
+            raise self._error(f"has the member {quoted(name)}, {kind}; only plain files are read")
         return name, self._skip(int(size_text or header.size), name)
 
     def _header(self) -> _Header | None:
@@ -155,13 +156,13 @@ class _TarReader:
     def _safe_name(self, name: str) -> str:
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts or "\\" in name:
-            raise self._error(f"has the member {name[:200]!r}, which leads out of the archive")
+            raise self._error(f"has the member {quoted(name)}, which leads out of the archive")
         return "/".join(parts)
 
     def _skip(self, num_bytes: int, name: str) -> Span:
         span = Span(self._position, num_bytes)
         if self._position + num_bytes > self._file_bytes:
-            raise self._error(f"is cut short: {name[:200]!r} has {num_bytes} bytes")
+            raise self._error(f"is cut short: {quoted(name)} has {num_bytes} bytes")
         self._position += -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
         return span
 

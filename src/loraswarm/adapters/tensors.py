@@ -36,6 +36,10 @@ class TensorReader:
         self._source = source
         self.dtype = dtype
 
+    def has(self, name: str) -> bool:
+        """Whether the file has the tensor."""
+        return name in self._source.tensors
+
     def cast(self, name: str) -> Tensor:
         """The tensor in the base's dtype, contiguous."""
         stored = self._source.read(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from io import BufferedReader
 
+from loraswarm.adapters.printable import quoted
 from loraswarm.adapters.stored_tensor import Span
 from loraswarm.errors import AdapterError
 
@@ -73,7 +74,7 @@ def read_zip(file: BufferedReader, span: Span, label: str) -> dict[str, Span]:
     for _ in range(num_members):
         position, name, offset, size = _entry(reader, directory, position)
         if name in members:
-            raise reader.error(f"has two members named {name[:200]!r}")
+            raise reader.error(f"has two members named {quoted(name)}")
         members[name] = _locate(reader, name, offset, size, begin)
     if position != num_bytes:
         raise reader.error("has a malformed zip directory")
@@ -139,14 +140,14 @@ def _entry(reader: _Reader, directory: bytes, position: int) -> tuple[int, str, 
     extra = directory[end + name_bytes : end + name_bytes + extra_bytes]
     end += name_bytes + extra_bytes + comment_bytes
     if flags & _ENCRYPTED:
-        raise reader.error(f"has the encrypted member {name[:200]!r}")
+        raise reader.error(f"has the encrypted member {quoted(name)}")
     if method != 0:
         raise reader.error(
-            f"has the compressed member {name[:200]!r}; torch.save stores members as they are"
+            f"has the compressed member {quoted(name)}; torch.save stores members as they are"
         )
     size, packed, offset = _widen(reader, extra, [size, packed, offset])
     if packed != size:
-        raise reader.error(f"has the member {name[:200]!r} of contradictory sizes")
+        raise reader.error(f"has the member {quoted(name)} of contradictory sizes")
     return end, name, offset, size
 
 
@@ -175,7 +176,7 @@ def _locate(reader: _Reader, name: str, offset: int, size: int, directory_begin:
     magic, name_bytes, extra_bytes = fields[0], fields[9], fields[10]
     begin = offset + _LOCAL.size + name_bytes + extra_bytes
     if magic != b"PK\3\4" or begin + size > directory_begin:
-        raise reader.error(f"has the member {name[:200]!r} outside the file")
+        raise reader.error(f"has the member {quoted(name)} outside the file")
     if name_bytes != len(encoded) or local[_LOCAL.size :] != encoded:
-        raise reader.error(f"has the member {name[:200]!r} under two names")
+        raise reader.error(f"has the member {quoted(name)} under two names")
     return reader.span(begin, size)

@@ -6,7 +6,8 @@ Used by commands/adapters. No torch until a weight is read.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -15,6 +16,7 @@ from loraswarm.adapters.config_keys import ConfigKeys
 from loraswarm.adapters.inferred_shape import infer_shape
 from loraswarm.adapters.source import AdapterSource
 from loraswarm.core.base_shape import BaseShape
+from loraswarm.errors import ConfigError
 from loraswarm.models import config_keys
 from loraswarm.models.families import decoder_config
 from loraswarm.models.source import read_config
@@ -50,7 +52,8 @@ class CheckedBase:
 
         Raises    ConfigError if its config.json cannot be read or served.
         """
-        config = read_config(path)
+        with _errors_of_the_base():
+            config = read_config(path)
         if dtype_name == "auto":
             dtype_name = config_keys.ConfigKeys(config).dtype_name() or UNKNOWN_DTYPE
         return cls(decoder_config(config).shape(), dtype_name, path)
@@ -86,11 +89,13 @@ class CheckedBase:
 
     def weight(self, path: str) -> Tensor:
         """See `BaseWeights`. Raises WeightsNotAtHand, or ConfigError for a broken checkpoint."""
-        return self._opened().weight(path)
+        with _errors_of_the_base():
+            return self._opened().weight(path)
 
     def bias(self, path: str) -> Tensor | None:
         """See `BaseWeights`. Raises as `weight` does."""
-        return self._opened().bias(path)
+        with _errors_of_the_base():
+            return self._opened().bias(path)
 
     def _opened(self) -> CheckpointBase:
         # Imported here: headers are checked without torch.
@@ -102,3 +107,13 @@ class CheckedBase:
             opened = CheckpointBase(self.path, self._shape)
             self._checkpoint = self._files.enter_context(opened)
         return self._checkpoint
+
+
+@contextmanager
+def _errors_of_the_base() -> Iterator[None]:
+    """A file of the base that cannot be read is a ConfigError: no fault of the adapter."""
+    try:
+        yield
+    except OSError as error:
+        name = os.fspath(error.filename or "its files")
+        raise ConfigError(f"cannot read {name!r}: {error.strerror or error}") from error

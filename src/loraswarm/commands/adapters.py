@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from loraswarm.adapters.adapter import AdapterInfo
-from loraswarm.adapters.config_keys import CONFIG_FILE, ConfigKeys
+from loraswarm.adapters.catalog import adapter_paths, check_entry, printable, refusal_reason
+from loraswarm.adapters.config_keys import ConfigKeys
 from loraswarm.adapters.methods import method_of
+from loraswarm.adapters.printable import quoted
 from loraswarm.adapters.reading import describe, read_adapter
-from loraswarm.adapters.source import AdapterSource, errors_name, open_source
+from loraswarm.adapters.source import NEMO_SUFFIX, AdapterSource, errors_name, open_source
 from loraswarm.commands.adapter_base import CheckedBase, WeightsNotAtHand
+from loraswarm.commands.adapter_path import adapter_path
 from loraswarm.commands.adapter_report import CheckedAdapter, as_json, as_table, facts_of
 from loraswarm.config import DTYPES
-from loraswarm.errors import AdapterError, ConfigError
+from loraswarm.errors import ConfigError
 from loraswarm.memory.geometry import page_geometry
 from loraswarm.memory.tile_layout import adapter_bytes
 from loraswarm.models.source import CONFIG_FILES, MODEL_FILES, resolve_model
 
-ADAPTER_FILES = (CONFIG_FILE, "adapter_model.*", "*.nemo")
 WIDTH_OF_FILES = 200  # columns where the output is no terminal
 NEEDS_SHAPE = "its tensors do not tell what base it fits"
 NEEDS_WEIGHTS = "its update depends on the weights of the base"
@@ -44,6 +46,13 @@ class CheckOptions:
     reads_weights: bool = True
 
 
+class _Found(NamedTuple):
+    """An absolute path; `is_given` if it is a .nemo file that was named itself."""
+
+    path: Path
+    is_given: bool
+
+
 def check(paths: Sequence[str], options: CheckOptions, is_json: bool) -> int:
     """Print what was found under `paths`; the exit code is 1 if any adapter is refused.
 
@@ -51,7 +60,7 @@ def check(paths: Sequence[str], options: CheckOptions, is_json: bool) -> int:
     """
     if options.dtype not in DTYPES:
         raise ConfigError(f"--dtype is {options.dtype!r}; it must be one of {', '.join(DTYPES)}")
-    adapters = [adapter for path in paths for adapter in _adapters(Path(path))]
+    adapters = [adapter for path in paths for adapter in _adapters(path)]
     with ExitStack() as closing:
         given = None
         if options.model is not None:
@@ -59,7 +68,7 @@ def check(paths: Sequence[str], options: CheckOptions, is_json: bool) -> int:
             base = CheckedBase.of_model(resolve_model(options.model, files), options.dtype)
             given = closing.enter_context(base)
         progress = tqdm(adapters, desc="checking", disable=None, leave=False)
-        rows = [_check(path, given, options) for path in progress]
+        rows = [_check(found, given, options) for found in progress]
     width = shutil.get_terminal_size((WIDTH_OF_FILES, 0)).columns
     print(as_json(rows) if is_json else as_table(rows, width))
     return int(any(row.verdict == "refused" for row in rows))
@@ -69,55 +78,37 @@ def convert(source: str, out: str) -> None:
     """Write the adapter at `source`, of any format, as a directory that PEFT loads."""
     from loraswarm.adapters.convert import convert_to_peft
 
-    if not os.path.exists(source):
-        raise ConfigError(f"{source!r} does not exist; give an adapter's directory or .nemo file")
-    convert_to_peft(Path(source), Path(out))
-    print(f"wrote {out}")
+    convert_to_peft(adapter_path(source), Path(out))
+    print(f"wrote {printable(out)}")
 
 
-def _adapters(path: Path) -> Iterator[Path]:
-    """`path` itself if it is an adapter, else the directories in it, hidden ones left out."""
-    if path.is_file() and path.suffix == ".nemo":
-        yield path
-        return
-    if not path.is_dir():
-        problem = "is neither a directory nor a .nemo file" if path.exists() else "does not exist"
-        raise ConfigError(
-            f"{str(path)!r} {problem}; give an adapter, or a directory that holds one directory"
-            " per adapter"
-        )
-    try:
-        items = sorted(path.iterdir())
-    except OSError as error:
-        raise ConfigError(f"{str(path)!r} cannot be read: {error.strerror or error}") from error
-    if any(fnmatch(item.name, pattern) for item in items for pattern in ADAPTER_FILES):
-        yield path
-        return
-    # A link that leads nowhere is among them, so that it is reported instead of being overlooked.
-    found = [
-        item
-        for item in items
-        if not item.name.startswith(".")
-        and (item.is_dir() or (item.is_symlink() and not item.is_file()))
-    ]
+def _adapters(path: str) -> list[_Found]:
+    """`path` itself if it is a .nemo file, else what the server would find there."""
+    if path.endswith(NEMO_SUFFIX) and os.path.isfile(path):
+        return [_Found(Path(os.path.abspath(path)), True)]
+    found = [_Found(item, False) for item in adapter_paths(path)]
     if not found:
-        raise ConfigError(f"{str(path)!r} holds no adapters")
-    yield from found
+        raise ConfigError(f"{path!r} holds no adapters")
+    return found
 
 
-def _check(path: Path, given: CheckedBase | None, options: CheckOptions) -> CheckedAdapter:
+def _check(found: _Found, given: CheckedBase | None, options: CheckOptions) -> CheckedAdapter:
     """The verdict on one adapter, and what is known about it."""
-    row = CheckedAdapter(name=_name(path), path=path, verdict="needs --model")
+    path = found.path
+    name = printable(path.stem if found.is_given else path.name)
+    row = CheckedAdapter(name=name, path=path, verdict="needs --model")
     try:
+        if not found.is_given:
+            check_entry(path)
         with errors_name(row.name), open_source(path) as source:
             base = given or _base_of(source, options)
             if base is None:
                 return replace(row, reason=NEEDS_SHAPE)
             info = describe(source, path, row.name, base.shape)
-    except AdapterError as error:
-        return replace(row, verdict="refused", reason=_reason(error, row.name))
     except ConfigError as error:
         return replace(row, reason=f"the base that it names: {error}")
+    except Exception as error:  # whatever is in a file, it must harm its own adapter only
+        return _refused(row, error)
     if base is given:
         return _check_weights(row, info, base, options)
     try:
@@ -131,20 +122,22 @@ def _check_weights(
     row: CheckedAdapter, info: AdapterInfo, base: CheckedBase, options: CheckOptions
 ) -> CheckedAdapter:
     """The verdict on an adapter whose headers are right."""
-    geometry = page_geometry(base.shape, 4 if base.dtype_name == "float32" else 2)
-    facts = facts_of(info, base.shape, adapter_bytes(info, base.shape, geometry))
-    label = None if base.path is None else str(base.path)
-    row = replace(row, facts=facts, base=label)
-    if options.reads_weights:
-        # Imported here: headers are checked without torch.
-        import torch
+    row = replace(row, base=None if base.path is None else str(base.path))
+    try:
+        geometry = page_geometry(base.shape, 4 if base.dtype_name == "float32" else 2)
+        num_bytes = adapter_bytes(info, base.shape, geometry)
+        row = replace(row, facts=facts_of(info, base.shape, num_bytes))
+        if options.reads_weights:
+            # Imported here: headers are checked without torch.
+            import torch
 
-        try:
             read_adapter(info, base, getattr(torch, base.dtype_name))
-        except AdapterError as error:
-            return replace(row, verdict="refused", reason=_reason(error, row.name))
-        except WeightsNotAtHand:
-            return replace(row, reason=NEEDS_WEIGHTS)
+    except WeightsNotAtHand:
+        return replace(row, reason=NEEDS_WEIGHTS)
+    except ConfigError:
+        raise  # the base is at fault
+    except Exception as error:  # as above
+        return _refused(row, error)
     return replace(row, verdict="ok")
 
 
@@ -153,13 +146,7 @@ def _base_of(source: AdapterSource, options: CheckOptions) -> CheckedBase | None
     return CheckedBase.of_adapter(source, options.dtype)
 
 
-def _name(path: Path) -> str:
-    """The name under which the adapter would be served, with what cannot be shown escaped."""
-    absolute = Path(os.path.abspath(path))
-    name = absolute.stem if path.is_file() else absolute.name
-    return name if name.isprintable() else ascii(name)[1:-1]
-
-
-def _reason(error: AdapterError, name: str) -> str:
-    """The message without the adapter's name, which stands beside it."""
-    return str(error).removeprefix(f"adapter {name!r}: ")
+def _refused(row: CheckedAdapter, error: Exception) -> CheckedAdapter:
+    """Refused with the message, without the adapter's name, which stands beside it."""
+    reason = refusal_reason(row.name, error).removeprefix(f"adapter {quoted(row.name)}: ")
+    return replace(row, verdict="refused", reason=reason)

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
+from loraswarm.adapters.catalog import Catalog, adapter_paths, printable
 from loraswarm.adapters.config_keys import CONFIG_FILE
 from loraswarm.adapters.source import NEMO_SUFFIX
+from loraswarm.commands.adapter_path import adapter_path
 from loraswarm.config import EngineConfig
 from loraswarm.core.request import SamplingParams
 from loraswarm.errors import ConfigError, EngineError
 from loraswarm.llm import LLM
+from loraswarm.models.families import decoder_config
+from loraswarm.models.source import CONFIG_FILES, read_config, resolve_model
 
 
 def generate(
     config: EngineConfig, adapter: str | None, prompt: str, params: SamplingParams, is_chat: bool
 ) -> None:
-    """Print the answer as it comes. `adapter` is a name in `config.adapters` or a directory."""
-    if adapter is not None and Path(adapter).is_dir():
-        path = Path(adapter).resolve()
-        if not (path / CONFIG_FILE).exists() and not any(path.glob(f"*{NEMO_SUFFIX}")):
-            raise ConfigError(f"--adapter {adapter!r} holds neither {CONFIG_FILE} nor a .nemo file")
-        roots, adapter = (str(path), *config.adapters), path.name
-    else:
-        roots = config.adapters
+    """Print the answer as it comes. `adapter` is a name in `config.adapters` or a directory.
+
+    Raises    ConfigError, UnknownAdapter or AdapterError for the adapter before the base is loaded.
+    """
+    roots = config.adapters
+    if adapter is not None and _is_path(adapter, config):
+        path = _directory(adapter)
+        roots, adapter = (str(path), *roots), printable(path.name)
+        _require_served(adapter, roots, config)
+    elif adapter not in (None, config.model_name):
+        _require_served(adapter, roots, config)
     options = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
@@ -42,6 +50,34 @@ def generate(
         if delta.error is not None:
             raise EngineError(delta.error.message)
     sys.stdout.write("\n")
+
+
+def _is_path(adapter: str, config: EngineConfig) -> bool:
+    """Whether it is meant as a path: there, or such that no root could hold it as a name."""
+    if os.path.isdir(adapter) or os.sep in adapter:
+        return True
+    return not config.adapters and adapter != config.model_name
+
+
+def _directory(adapter: str) -> Path:
+    """The directory of one adapter. Raises ConfigError saying what `adapter` is instead."""
+    if not adapter_path(adapter, "an adapter's directory, or --adapters and a name").is_dir():
+        raise ConfigError(f"adapter {adapter!r} is a file; give the directory that holds it alone")
+    path = Path(os.path.abspath(adapter))
+    if adapter_paths(adapter) != [path]:
+        raise ConfigError(
+            f"--adapter {adapter!r} holds neither {CONFIG_FILE} nor a {NEMO_SUFFIX} file alone;"
+            " give the directory of one adapter, or --adapters and a name"
+        )
+    return path
+
+
+def _require_served(name: str, roots: tuple[str, ...], config: EngineConfig) -> None:
+    """Raise what the engine would raise for the adapter once the base is loaded."""
+    shape = decoder_config(read_config(resolve_model(config.model, CONFIG_FILES))).shape()
+    catalog = Catalog(roots, shape, config.model_name)
+    catalog.scan(is_logged=False)
+    catalog.resolve(name)
 
 
 def _report(line: str) -> None:

@@ -6,6 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
+from loraswarm.adapters.catalog import printable
+from loraswarm.commands.adapter_path import adapter_path
 from loraswarm.config import DTYPES
 from loraswarm.errors import ConfigError
 from loraswarm.models.merge import merge as write_merged
@@ -16,16 +18,15 @@ def merge(model: str, adapter: str, out: str, dtype: str) -> None:
     """Merge, and print one line about what was written."""
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    if not Path(adapter).exists():
-        raise ConfigError(f"adapter {adapter!r}: no such directory or file")
+    source = adapter_path(adapter)
     # A run that is told to stop removes what it has written.
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        result = write_merged(resolve_model(model), Path(adapter), Path(out), dtype, _report)
+        result = write_merged(resolve_model(model), source, Path(out), dtype, _report)
     finally:
         signal.signal(signal.SIGTERM, previous)
     print(
-        f"wrote {out}: {result.num_changed} of {result.num_tensors} tensors changed,"
+        f"wrote {printable(out)}: {result.num_changed} of {result.num_tensors} tensors changed,"
         f" {result.num_bytes:,} bytes"
     )
 

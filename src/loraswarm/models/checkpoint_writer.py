@@ -23,21 +23,26 @@ from loraswarm.models.checkpoint import INDEX_FILE
 
 
 def require_new(out: Path) -> None:
-    """Raise ConfigError if `out` is there and not an empty directory."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; give a directory that is new or empty")
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty; give a directory that is new or empty")
+    """Raise ConfigError if `out` is there and not an empty directory, or cannot be looked at."""
+    try:
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"{out} is a file; give a directory that is new or empty")
+        if out.exists() and any(out.iterdir()):
+            raise ConfigError(f"{out} is not empty; give a directory that is new or empty")
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
     """A directory to fill, which becomes `out` when the block ends, or vanishes if it fails.
 
+    If `out` is a link, its target is written.
+
     Raises    ConfigError if `out` is there and not empty, or cannot be written.
     """
     require_new(out)
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)

@@ -14,11 +14,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from loraswarm.adapters.adapter import BaseWeights, ModuleInfo, ModuleWeights
-from loraswarm.adapters.config_keys import CONFIG_FILE, SELECTION_KEYS, ConfigKeys, shortened
-from loraswarm.adapters.methods import low_rank
-from loraswarm.adapters.methods.low_rank import plan_low_rank, refuse_bias, tensor_name
+from loraswarm.adapters.config_keys import CONFIG_FILE, SELECTION_KEYS, ConfigKeys
+from loraswarm.adapters.methods.low_rank import plan_low_rank, read_saved, refuse_bias, tensor_name
 from loraswarm.adapters.module_selection import ModuleSelection
 from loraswarm.adapters.plan import AdapterPlan, AdapterWeights
+from loraswarm.adapters.printable import shortened
 from loraswarm.adapters.source import AdapterSource
 from loraswarm.core.base_shape import BaseShape
 from loraswarm.errors import AdapterError
@@ -55,7 +55,7 @@ INERT_KEYS = frozenset(
     }
 )
 _NOT_COMBINED = "it is not a part of AdaLoRA; train with LoRA instead"
-REFUSED_KEYS = low_rank.REFUSED_KEYS | {
+REFUSED_KEYS = {
     "alora_invocation_tokens": _NOT_COMBINED,
     "arrow_config": _NOT_COMBINED,
     "kasa_config": _NOT_COMBINED,
@@ -130,13 +130,16 @@ class AdaLora:
             tuple(
                 _read_module(module, base.shape.site_path(module.site), tensors)
                 for module in plan.modules
-            )
+            ),
+            read_saved(plan, tensors, base),
         )
 
 
 def _parse_config(keys: ConfigKeys, has_rank_numbers: bool) -> AdaLoraConfig:
     keys.check(READ_KEYS, INERT_KEYS, REFUSED_KEYS)
     refuse_bias(keys)
+    if keys.get("ensure_weight_tying") and keys.get("modules_to_save"):
+        raise keys.refusal("ensure_weight_tying", "with modules_to_save it is read of LoRA only")
     initial_rank = keys.rank("init_r", 12)
     ranks_by_path = _ranks_left(keys, initial_rank)
     return AdaLoraConfig(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from loraswarm.adapters.adapter import BaseWeights, ModuleInfo, ModuleWeights
 from loraswarm.adapters.config_keys import SELECTION_KEYS, ConfigKeys
-from loraswarm.adapters.methods.low_rank import REFUSED_KEYS, plan_low_rank, tensor_name
+from loraswarm.adapters.methods.low_rank import plan_low_rank, read_saved, tensor_name
 from loraswarm.adapters.module_selection import ModuleSelection
 from loraswarm.adapters.plan import AdapterPlan, AdapterWeights
 from loraswarm.adapters.source import AdapterSource
@@ -50,7 +50,7 @@ class Beft:
 
     def plan(self, keys: ConfigKeys, shape: BaseShape, source: AdapterSource) -> AdapterPlan:
         """See `Method`."""
-        keys.check(SELECTION_KEYS, INERT_KEYS, REFUSED_KEYS)
+        keys.check(SELECTION_KEYS, INERT_KEYS, {})
         return plan_low_rank(BeftConfig(keys.selection()), shape)
 
     def read(
@@ -61,4 +61,4 @@ class Beft:
         for module in plan.modules:
             name = tensor_name(base.shape.site_path(module.site), ".beft_bias")
             modules.append(ModuleWeights(module, None, None, {"c": tensors.wide(name).flatten()}))
-        return AdapterWeights(tuple(modules))
+        return AdapterWeights(tuple(modules), read_saved(plan, tensors, base))

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from loraswarm.adapters.adapter import BaseWeights, ModuleInfo, ModuleWeights
 from loraswarm.adapters.config_keys import SELECTION_KEYS, ConfigKeys
 from loraswarm.adapters.methods.low_rank import (
-    REFUSED_KEYS,
     plan_low_rank,
+    read_saved,
     refuse_bias,
     tensor_name,
 )
-from loraswarm.adapters.module_selection import ModuleSelection, find_pattern
+from loraswarm.adapters.module_selection import ModuleSelection, Patterns
 from loraswarm.adapters.plan import AdapterPlan, AdapterWeights
 from loraswarm.adapters.source import AdapterSource
 from loraswarm.core.base_shape import BaseShape
@@ -39,7 +39,7 @@ class DeloraConfig:
 
     selection: ModuleSelection
     rank: int
-    rank_patterns: tuple[tuple[str, int], ...]
+    rank_patterns: Patterns[int]
 
     @property
     def method(self) -> str:
@@ -63,7 +63,7 @@ class DeloraConfig:
         }
 
     def _rank_of(self, path: str) -> int:
-        found = find_pattern(self.rank_patterns, path)
+        found = self.rank_patterns.find(path)
         return self.rank if found is None else found[1]
 
 
@@ -72,7 +72,7 @@ class Delora:
 
     def plan(self, keys: ConfigKeys, shape: BaseShape, source: AdapterSource) -> AdapterPlan:
         """See `Method`."""
-        keys.check(READ_KEYS, INERT_KEYS, REFUSED_KEYS)
+        keys.check(READ_KEYS, INERT_KEYS, {})
         refuse_bias(keys)
         config = DeloraConfig(
             keys.selection(), keys.rank("r", 8), keys.rank_patterns("rank_pattern")
@@ -87,7 +87,8 @@ class Delora:
             tuple(
                 _read_module(module, base.shape.site_path(module.site), tensors)
                 for module in plan.modules
-            )
+            ),
+            read_saved(plan, tensors, base),
         )
 
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from loraswarm.adapters.adapter import BaseWeights, ModuleInfo, ModuleWeights
 from loraswarm.adapters.config_keys import CONFIG_FILE, SELECTION_KEYS, ConfigKeys
 from loraswarm.adapters.methods.low_rank import (
-    REFUSED_KEYS,
     check_rank,
     plan_low_rank,
+    read_saved,
     refuse_bias,
     tensor_name,
 )
@@ -92,12 +92,13 @@ class Gralora:
             tuple(
                 _read_module(module, base.shape.site_path(module.site), config, tensors)
                 for module in plan.modules
-            )
+            ),
+            read_saved(plan, tensors, base),
         )
 
 
 def _parse_config(keys: ConfigKeys) -> GraloraConfig:
-    keys.check(READ_KEYS, INERT_KEYS, REFUSED_KEYS)
+    keys.check(READ_KEYS, INERT_KEYS, {})
     refuse_bias(keys)
     rank, num_blocks = keys.rank("r", 32), keys.rank("gralora_k", 2)
     if rank % num_blocks != 0:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from loraswarm.adapters.adapter import BaseWeights, ModuleInfo, ModuleWeights
 from loraswarm.adapters.config_keys import CONFIG_FILE, ConfigKeys
-from loraswarm.adapters.methods.low_rank import REFUSED_KEYS, plan_low_rank, tensor_name
+from loraswarm.adapters.methods.low_rank import plan_low_rank, read_saved, tensor_name
 from loraswarm.adapters.module_selection import ModuleSelection, compiled
 from loraswarm.adapters.plan import AdapterPlan, AdapterWeights
 from loraswarm.adapters.source import AdapterSource
@@ -25,7 +25,9 @@ from loraswarm.errors import AdapterError
 if TYPE_CHECKING:
     from loraswarm.adapters.tensors import TensorReader
 
-READ_KEYS = frozenset({"exclude_modules", "feedforward_modules", "target_modules"})
+READ_KEYS = frozenset(
+    {"exclude_modules", "feedforward_modules", "modules_to_save", "target_modules"}
+)
 # PEFT sets fan_in_fan_out to false for linears that store [out, in].
 INERT_KEYS = frozenset({"fan_in_fan_out", "init_ia3_weights"})
 _L = ".ia3_l"
@@ -84,12 +86,13 @@ class Ia3:
     ) -> AdapterWeights:
         """See `Method`."""
         return AdapterWeights(
-            tuple(_read_module(module, base.shape, plan, tensors) for module in plan.modules)
+            tuple(_read_module(module, base.shape, plan, tensors) for module in plan.modules),
+            read_saved(plan, tensors, base),
         )
 
 
 def _parse_config(keys: ConfigKeys) -> Ia3Config:
-    keys.check(READ_KEYS, INERT_KEYS, REFUSED_KEYS)
+    keys.check(READ_KEYS, INERT_KEYS, {})
     # PEFT has a default for every kind of model, and writes it into the configs that it saves.
     if keys.get("feedforward_modules") is None:
         raise keys.refusal(

@@ -7,7 +7,6 @@ Source    peft 0.21: tuners/ln_tuning.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -43,7 +42,7 @@ class LnTuning:
     def plan(self, keys: ConfigKeys, shape: BaseShape, source: AdapterSource) -> AdapterPlan:
         """See `Method`."""
         keys.check(READ_KEYS, frozenset(), {})
-        replacements = _replacements(_selection(keys), shape)
+        replacements = _replacements(keys.selection(), shape)
         shapes = {name: found.shape for found in replacements for name in found.names}
         copies = _copies(replacements, shape)
         check_vocabulary(source, shapes | copies, shape)
@@ -60,12 +59,8 @@ class LnTuning:
     ) -> AdapterWeights:
         """See `Method`."""
         check_copies(plan.copies, tensors, base)
-        found = _replacements(_selection(keys), base.shape)
+        found = _replacements(keys.selection(), base.shape)
         return AdapterWeights((), tuple(read_replacement(each, tensors) for each in found))
-
-
-def _selection(keys: ConfigKeys) -> ModuleSelection:
-    return replace(keys.selection(), replaced=keys.name_list("modules_to_save"))
 
 
 @lru_cache(maxsize=256)

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 from loraswarm.adapters.adapter import BaseWeights, ModuleInfo, ModuleWeights
 from loraswarm.adapters.config_keys import SELECTION_KEYS, ConfigKeys
 from loraswarm.adapters.methods.low_rank import (
-    REFUSED_KEYS,
     check_rank,
     plan_low_rank,
+    read_saved,
     row_products,
     tensor_name,
 )
-from loraswarm.adapters.module_selection import ModuleSelection, find_pattern
+from loraswarm.adapters.module_selection import ModuleSelection, Patterns
 from loraswarm.adapters.plan import AdapterPlan, AdapterWeights
 from loraswarm.adapters.source import AdapterSource
 from loraswarm.core.base_shape import BaseShape
@@ -40,8 +40,8 @@ class LohaConfig:
     selection: ModuleSelection
     rank: int
     alpha: float
-    rank_patterns: tuple[tuple[str, int], ...]
-    alpha_patterns: tuple[tuple[str, float], ...]
+    rank_patterns: Patterns[int]
+    alpha_patterns: Patterns[float]
 
     @property
     def method(self) -> str:
@@ -50,7 +50,7 @@ class LohaConfig:
     def module(self, site: int, path: str, shape: BaseShape) -> ModuleInfo:
         """See `LowRankConfig`."""
         rank = self._rank_of(path)
-        found = find_pattern(self.alpha_patterns, path)
+        found = self.alpha_patterns.find(path)
         alpha = self.alpha if found is None else found[1]
         check_rank(self.method, path, rank * rank, shape, site)
         return ModuleInfo(site, rank * rank, alpha / rank)
@@ -67,7 +67,7 @@ class LohaConfig:
         }
 
     def _rank_of(self, path: str) -> int:
-        found = find_pattern(self.rank_patterns, path)
+        found = self.rank_patterns.find(path)
         return self.rank if found is None else found[1]
 
 
@@ -76,7 +76,7 @@ class Loha:
 
     def plan(self, keys: ConfigKeys, shape: BaseShape, source: AdapterSource) -> AdapterPlan:
         """See `Method`."""
-        keys.check(READ_KEYS, INERT_KEYS, REFUSED_KEYS)
+        keys.check(READ_KEYS, INERT_KEYS, {})
         config = LohaConfig(
             selection=keys.selection(),
             rank=keys.rank("r", 8),
@@ -94,7 +94,8 @@ class Loha:
             tuple(
                 _read_module(module, base.shape.site_path(module.site), tensors)
                 for module in plan.modules
-            )
+            ),
+            read_saved(plan, tensors, base),
         )
 
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from loraswarm.adapters.adapter import BaseWeights, ModuleInfo, ModuleWeights
 from loraswarm.adapters.config_keys import SELECTION_KEYS, ConfigKeys
 from loraswarm.adapters.methods.low_rank import (
-    REFUSED_KEYS,
     check_rank,
     plan_low_rank,
+    read_saved,
     tensor_name,
 )
-from loraswarm.adapters.module_selection import ModuleSelection, find_pattern
+from loraswarm.adapters.module_selection import ModuleSelection, Patterns
 from loraswarm.adapters.plan import AdapterPlan, AdapterWeights
 from loraswarm.adapters.source import AdapterSource
 from loraswarm.core.base_shape import BaseShape
@@ -80,8 +80,8 @@ class LokrConfig:
     selection: ModuleSelection
     rank: int
     alpha: float
-    rank_patterns: tuple[tuple[str, int], ...]
-    alpha_patterns: tuple[tuple[str, float], ...]
+    rank_patterns: Patterns[int]
+    alpha_patterns: Patterns[float]
     decomposes_both: bool
     decompose_factor: int
 
@@ -94,7 +94,7 @@ class LokrConfig:
         first, second = self.factors(path, *shape.site_sizes(site))
         rank = first.least_rank * second.least_rank
         check_rank(self.method, path, rank, shape, site)
-        found = find_pattern(self.alpha_patterns, path)
+        found = self.alpha_patterns.find(path)
         alpha = self.alpha if found is None else found[1]
         return ModuleInfo(site, rank, alpha / self._rank_of(path))
 
@@ -118,7 +118,7 @@ class LokrConfig:
         )
 
     def _rank_of(self, path: str) -> int:
-        found = find_pattern(self.rank_patterns, path)
+        found = self.rank_patterns.find(path)
         return self.rank if found is None else found[1]
 
 
@@ -139,7 +139,7 @@ class Lokr:
             path = shape.site_path(module.site)
             factors = config.factors(path, *shape.site_sizes(module.site))
             modules.append(_read_module(module, path, factors, tensors))
-        return AdapterWeights(tuple(modules))
+        return AdapterWeights(tuple(modules), read_saved(plan, tensors, base))
 
 
 def parse_lokr_config(keys: ConfigKeys) -> LokrConfig:
@@ -147,7 +147,7 @@ def parse_lokr_config(keys: ConfigKeys) -> LokrConfig:
 
     Raises    AdapterError naming the key, its value and what to do.
     """
-    keys.check(READ_KEYS, INERT_KEYS, REFUSED_KEYS)
+    keys.check(READ_KEYS, INERT_KEYS, {})
     factor = keys.get("decompose_factor", -1)
     if type(factor) is not int:
         raise keys.refusal("decompose_factor", "it must be a whole number")

@@ -17,6 +17,7 @@ from loraswarm.adapters.methods.lora_config import LoraConfig, parse_lora_config
 from loraswarm.adapters.methods.lora_overlays import check_vocabulary
 from loraswarm.adapters.methods.lora_plan import LoraLayout, layout_of, matrix_names, matrix_shapes
 from loraswarm.adapters.plan import PREFIX, AdapterPlan, AdapterWeights
+from loraswarm.adapters.printable import quoted
 from loraswarm.adapters.source import AdapterSource
 from loraswarm.core.base_shape import BaseShape
 from loraswarm.errors import AdapterError
@@ -113,7 +114,7 @@ def _check_layers(names: Iterable[str], shape: BaseShape, label: str) -> None:
         match = _LAYER.match(name)
         if match is not None and int(match[1]) >= shape.num_layers:
             raise AdapterError(
-                f"{label}: tensor {name[:200]!r} would not be applied: this base has"
+                f"{label}: tensor {quoted(name)} would not be applied: this base has"
                 f" {shape.num_layers} layers; the adapter belongs to another base model"
             )
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from loraswarm.adapters.config_keys import CONFIG_FILE, SELECTION_KEYS, ConfigKeys, shortened
-from loraswarm.adapters.module_selection import ModuleSelection, find_pattern
+from loraswarm.adapters.config_keys import CONFIG_FILE, SELECTION_KEYS, ConfigKeys
+from loraswarm.adapters.module_selection import ModuleSelection, Patterns
+from loraswarm.adapters.printable import shortened
 from loraswarm.core.base_shape import EMBEDDING, LM_HEAD
 from loraswarm.errors import AdapterError
 
@@ -37,7 +38,6 @@ READ_KEYS = (
         "init_lora_weights",
         "bias",
         "lora_bias",
-        "modules_to_save",
         "trainable_token_indices",
         "ensure_weight_tying",
         "qalora_group_size",
@@ -68,6 +68,8 @@ REFUSED_KEYS = {
     " target_modules, or merge it with PEFT's merge_and_unload",
 }
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+# PEFT takes these in any case of letters, and others as they are.
+FOLDED_INITS = ("gaussian", "mica", "olora")
 UNTYING_INITS = ("orthogonal", "mica")
 # Their base was changed in a way that follows from its weights alone.
 DECOMPOSED_INITS = ("pissa", "olora")
@@ -121,7 +123,6 @@ class BlockDiagonal:
 class LoraConfig:
     """The update a config describes: B A x times a scale for the selected modules, and the rest.
 
-    Patterns are (key, value) pairs in file order; the first that applies to a module wins.
     `variant` is a value of VARIANTS or "". `decomposition` is one of DECOMPOSED_INITS or "".
     `replaced` are modules_to_save; `token_ids` has the trained tokens by name of the module, ""
     for the embedding. `init_unties` where PEFT's initialisation replaces matrices that it had tied;
@@ -133,8 +134,8 @@ class LoraConfig:
     rank: int
     alpha: float
     is_rank_stabilized: bool
-    rank_patterns: tuple[tuple[str, int], ...]
-    alpha_patterns: tuple[tuple[str, float], ...]
+    rank_patterns: Patterns[int]
+    alpha_patterns: Patterns[float]
     variant: str = ""
     decomposition: str = ""
     bias: str = "none"
@@ -163,13 +164,13 @@ class LoraConfig:
 
     def rank_source(self, path: str) -> str:
         """The config key that sets the rank of the module at `path`, as messages name it."""
-        found = find_pattern(self.rank_patterns, self._owner(path))
+        found = self.rank_patterns.find(self._owner(path))
         return "r" if found is None else f"rank_pattern[{shortened(found[0])}]"
 
     def scale_of(self, path: str) -> float:
         """What multiplies B A x of the module at `path`."""
         rank = self._configured_rank(path)
-        found = find_pattern(self.alpha_patterns, path)
+        found = self.alpha_patterns.find(path)
         alpha = self.alpha if found is None else found[1]
         return alpha / (math.sqrt(rank) if self.is_rank_stabilized else rank)
 
@@ -177,7 +178,7 @@ class LoraConfig:
         return EMBEDDING if path == LM_HEAD and self.head_is_tied else path
 
     def _configured_rank(self, path: str) -> int:
-        found = find_pattern(self.rank_patterns, path)
+        found = self.rank_patterns.find(path)
         return self.rank if found is None else found[1]
 
 
@@ -187,11 +188,11 @@ def parse_lora_config(keys: ConfigKeys) -> LoraConfig:
     Raises    AdapterError naming the key, its value and what to do.
     """
     keys.check(READ_KEYS, INERT_KEYS, REFUSED_KEYS)
-    replaced = keys.name_list("modules_to_save")
+    selection = keys.selection()
     velora = _sub_config(keys, "velora_config", {"num_groups", "scale", "init_type"})
     monteclora = _sub_config(keys, "monteclora_config", _MONTECLORA_KEYS)
     config = LoraConfig(
-        selection=replace(keys.selection(), replaced=replaced),
+        selection=selection,
         rank=keys.rank("r", 8),
         alpha=keys.number("lora_alpha", 8),
         is_rank_stabilized=keys.flag("use_rslora"),
@@ -201,10 +202,10 @@ def parse_lora_config(keys: ConfigKeys) -> LoraConfig:
         decomposition=_decomposition(keys, keys.get("init_lora_weights", True)),
         bias=_bias(keys),
         has_lora_bias=keys.flag("lora_bias"),
-        replaced=replaced,
+        replaced=selection.replaced,
         token_ids=_token_ids(keys),
         ensures_tying=keys.flag("ensure_weight_tying"),
-        init_unties=keys.get("init_lora_weights") in UNTYING_INITS,
+        init_unties=_init_name(keys.get("init_lora_weights")) in UNTYING_INITS,
         invocation_tokens=keys.token_ids("alora_invocation_tokens") or None,
         block_diagonal=_block_diagonal(_sub_config(keys, "use_bdlora", _BLOCK_DIAGONAL_KEYS)),
         group_size=keys.rank("qalora_group_size", 16),
@@ -272,10 +273,16 @@ def _block_diagonal(keys: ConfigKeys | None) -> BlockDiagonal | None:
     return BlockDiagonal(a_names, b_names, num_blocks, keys.flag(f"{prefix}match_strict", True))
 
 
+def _init_name(init: Any) -> str:
+    """An init_lora_weights that is a name, as PEFT compares it; else ""."""
+    name = init if isinstance(init, str) else ""
+    return name.lower() if name.lower() in FOLDED_INITS else name
+
+
 def _decomposition(keys: ConfigKeys, init: Any) -> str:
     if init is None or isinstance(init, bool):
         return ""
-    name = init.lower() if isinstance(init, str) else ""
+    name = _init_name(init)
     if name in PLAIN_INITS:
         return ""
     if name in DECOMPOSED_INITS:

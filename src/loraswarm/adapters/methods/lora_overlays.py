@@ -1,7 +1,7 @@
 """Whole modules and rows of tokens that an adapter brings along, as overlays.
 
 modules_to_save and trained tokens by PEFT's rules: which modules a name means, and which tensors
-stand for tied ones. Used by LoRA and by the methods that are nothing else.
+stand for tied ones. Used by LoRA, by the methods that are nothing else, and by low_rank.
 Source    peft 0.21: utils/other.py, set_additional_trainable_modules.
 """
 
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraswarm.adapters.adapter import BaseWeights, OverlayInfo
-from loraswarm.adapters.config_keys import CONFIG_FILE, shortened
+from loraswarm.adapters.config_keys import CONFIG_FILE
 from loraswarm.adapters.plan import PREFIX
+from loraswarm.adapters.printable import shortened
 from loraswarm.adapters.source import AdapterSource
 from loraswarm.core.base_shape import EMBEDDING, LM_HEAD, BaseShape
 from loraswarm.errors import AdapterError

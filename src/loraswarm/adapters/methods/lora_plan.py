@@ -116,6 +116,7 @@ def layout_of(config: LoraConfig, shape: BaseShape) -> LoraLayout:
         overlays=tuple(overlays),
         invocation_tokens=config.invocation_tokens,
         copies=_copies(config, shape, modules, replacements),
+        advice=_advice(config, modules),
     )
     return LoraLayout(config, plan, replacements)
 
@@ -268,6 +269,17 @@ def _check_decomposition(config: LoraConfig, shape: BaseShape, adapted: list[int
             raise AdapterError(f"{key} the rank of {path!r} exceeds its size; {advice}")
         if config.decomposition == "pissa" and config.scale_of(path) <= 0:
             raise AdapterError(f"{key} it needs a lora_alpha above 0 for {path!r}; {advice}")
+
+
+def _advice(config: LoraConfig, modules: Iterable[ModuleInfo]) -> str:
+    if not config.decomposition:
+        return ""
+    num_weights = sum(module.rank > 0 for module in modules)
+    return (
+        f"init_lora_weights is {config.decomposition!r}: each load decomposes {num_weights} base"
+        " weights anew; convert the adapter once with PEFT's save_pretrained(...,"
+        " path_initial_model_for_weight_conversion=...)"
+    )
 
 
 def _modules(

@@ -7,7 +7,6 @@ Legend: R rank, I in features, O out features, V vocabulary, D hidden.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 
 import torch
@@ -32,7 +31,6 @@ from loraswarm.errors import AdapterError
 
 # Elements of a base weight that are held in float32 at a time: few enough for a core's cache.
 CHUNK_ELEMENTS = 1 << 18
-_logger = logging.getLogger(__name__)
 
 
 def read_lora(
@@ -45,14 +43,6 @@ def read_lora(
     """
     check_copies(copies, tensors, base)
     config = layout.config
-    if config.decomposition:
-        _logger.warning(
-            "adapter changed its base init_lora_weights=%s decompositions=%d advice=%r",
-            config.decomposition,
-            sum(module.rank > 0 for module in layout.plan.modules),
-            "each load decomposes base weights anew; convert it once with PEFT's save_pretrained("
-            "..., path_initial_model_for_weight_conversion=...)",
-        )
     modules, overlays = [], []
     for module in layout.plan.modules:
         weights, table_VR = _read_module(module, config, tensors, base)

@@ -1,7 +1,7 @@
 """What the methods share whose update is an exact B A of their own making.
 
-Owns the choice of linears, the limit on ranks and the products that expand small factors. Knows no
-tensor names. Called by beft, delora, gralora, loha, lokr and miss.
+Owns the choice of linears, the modules that are replaced as a whole beside them, the limit on ranks
+and the products that expand small factors. Knows no method's tensor names. Called by most methods.
 Legend: P Q ranks of factors, N columns.
 """
 
@@ -11,8 +11,17 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
-from loraswarm.adapters.adapter import ModuleInfo
+from loraswarm.adapters.adapter import BaseWeights, ModuleInfo
 from loraswarm.adapters.config_keys import CONFIG_FILE, ConfigKeys
+from loraswarm.adapters.methods.lora_overlays import (
+    TABLES,
+    check_copies,
+    one_role_each,
+    read_replacement,
+    saved_paths,
+    table_copies,
+    whole_module,
+)
 from loraswarm.adapters.module_selection import ModuleSelection
 from loraswarm.adapters.plan import PREFIX, AdapterPlan
 from loraswarm.core.base_shape import EMBEDDING, LM_HEAD, TARGETS, BaseShape
@@ -21,10 +30,8 @@ from loraswarm.errors import AdapterError
 if TYPE_CHECKING:
     from torch import Tensor
 
-REFUSED_KEYS = {
-    "modules_to_save": "fully trained modules are applied with LoRA only; train without"
-    " modules_to_save, or merge the adapter into a base of its own with PEFT's merge_and_unload",
-}
+    from loraswarm.adapters.tensors import TensorReader
+
 CONVERT = "convert the adapter with PEFT's save_as_lora, or merge it with merge_and_unload"
 
 
@@ -52,7 +59,7 @@ class LowRankConfig(Protocol):
 def plan_low_rank(config: LowRankConfig, shape: BaseShape) -> AdapterPlan:
     """The plan of a config: a few milliseconds for a new one, nothing for one seen before.
 
-    Where the lm_head is adapted, PEFT saves a copy of its weight, too, which need not be there.
+    Where the lm_head is adapted, PEFT saves a copy of its weight, which need not be there.
     """
     if config.selection.selects(EMBEDDING):
         raise AdapterError(
@@ -61,11 +68,13 @@ def plan_low_rank(config: LowRankConfig, shape: BaseShape) -> AdapterPlan:
         )
     sites = [*range(shape.num_linears), shape.head_site]
     modules: list[ModuleInfo] = []
+    paths: list[str] = []
     tensor_shapes: dict[str, tuple[int, ...]] = {}
     for site in sites:
         path = shape.site_path(site)
         if not config.selection.selects(path):
             continue
+        paths.append(path)
         modules.append(config.module(site, path, shape))
         for suffix, sizes in config.tensor_shapes(path, *shape.site_sizes(site)).items():
             tensor_shapes[tensor_name(path, suffix)] = sizes
@@ -74,10 +83,34 @@ def plan_low_rank(config: LowRankConfig, shape: BaseShape) -> AdapterPlan:
             f"{CONFIG_FILE}: target_modules selects no linear of the base"
             f" ({shape.num_layers} layers of {', '.join(TARGETS)}; {LM_HEAD})"
         )
-    copies = {}
-    if modules[-1].site == shape.head_site:
-        copies[tensor_name(LM_HEAD, ".base_layer.weight")] = (shape.vocab_size, shape.hidden_size)
-    return AdapterPlan(config.method, tuple(modules), tensor_shapes, copies=copies)
+    saved = saved_paths(config.selection.replaced, shape)
+    one_role_each({"target_modules": paths, "modules_to_save": saved})
+    replacements = [whole_module((path,), ".weight", shape) for path in saved]
+    tensor_shapes |= {name: found.shape for found in replacements for name in found.names}
+    suffixes = {
+        path: ".base_layer.weight" if path in paths else ".weight"
+        for path in TABLES
+        if path not in saved
+    }
+    return AdapterPlan(
+        config.method,
+        tuple(modules),
+        tensor_shapes,
+        overlays=tuple(found.info for found in replacements),
+        copies=table_copies(shape, suffixes),
+    )
+
+
+def read_saved(plan: AdapterPlan, tensors: TensorReader, base: BaseWeights) -> tuple[Tensor, ...]:
+    """The overlays of a plan of `plan_low_rank`: modules_to_save.
+
+    Raises    AdapterError naming a copy of a base weight that is not this base's.
+    """
+    check_copies([name for name in plan.copies if tensors.has(name)], tensors, base)
+    return tuple(
+        read_replacement(whole_module(info.paths, ".weight", base.shape), tensors)
+        for info in plan.overlays
+    )
 
 
 def tensor_name(path: str, suffix: str) -> str:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from loraswarm.adapters.adapter import BaseWeights, ModuleInfo, ModuleWeights, SharedMatrix
 from loraswarm.adapters.config_keys import CONFIG_FILE, SELECTION_KEYS, ConfigKeys
 from loraswarm.adapters.methods.low_rank import (
-    REFUSED_KEYS,
+    check_rank,
     plan_low_rank,
+    read_saved,
     refuse_bias,
     tensor_name,
 )
@@ -60,6 +61,9 @@ class MissConfig:
                 f"{CONFIG_FILE}: mini_r is {self.mini_rank}: it does not divide the {out_size}"
                 f" outputs of {path!r}; the adapter belongs to another base model"
             )
+        if self.mini_rank is not None:
+            # A few columns may stand for a matrix.
+            check_rank(self.method, path, self.rank, shape, site)
         return ModuleInfo(site, self.rank, 1.0, shared_a=sums_of(self.rank, shape))
 
     def tensor_shapes(
@@ -90,7 +94,11 @@ class Miss:
             modules.append(ModuleWeights(module, None, bt_RO))
         shared = plan.modules[0].shared_a
         assert shared is not None
-        return AdapterWeights(tuple(modules), shared={shared.digest: _read_sums(shared, tensors)})
+        return AdapterWeights(
+            tuple(modules),
+            read_saved(plan, tensors, base),
+            {shared.digest: _read_sums(shared, tensors)},
+        )
 
 
 def sums_of(rank: int, shape: BaseShape) -> SharedMatrix:
@@ -109,7 +117,7 @@ def _read_sums(shared: SharedMatrix, tensors: TensorReader) -> Tensor:
 
 
 def _parse_config(keys: ConfigKeys) -> MissConfig:
-    keys.check(READ_KEYS, INERT_KEYS, REFUSED_KEYS)
+    keys.check(READ_KEYS, INERT_KEYS, {})
     refuse_bias(keys)
     init = keys.get("init_weights", True)
     if init == "bat":

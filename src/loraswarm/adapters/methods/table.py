@@ -12,7 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraswarm.adapters.config_keys import CONFIG_FILE, shortened
+from loraswarm.adapters.config_keys import CONFIG_FILE
+from loraswarm.adapters.printable import shortened
 from loraswarm.errors import AdapterError
 
 _BEGIN, _END = "<!-- methods -->", "<!-- /methods -->"

@@ -22,8 +22,8 @@ from loraswarm.adapters.adapter import (
 )
 from loraswarm.adapters.config_keys import SELECTION_KEYS, ConfigKeys
 from loraswarm.adapters.methods.low_rank import (
-    REFUSED_KEYS,
     plan_low_rank,
+    read_saved,
     refuse_bias,
     tensor_name,
 )
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 READ_KEYS = SELECTION_KEYS | {"bias", "has_u", "has_v", "lora_alpha", "r", "share_qkv_A"}
 INERT_KEYS = frozenset({"lora_dropout"})
+REFUSED_KEYS = {
+    "modules_to_save": "it is not a part of the format; train LoRA with it, or without it",
+}
 _SHARED_A, _SHARED_B = "base_model.tied_lora_A.", "base_model.tied_lora_B."
 _U, _V = ".tied_lora_u", ".tied_lora_v"
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -127,7 +130,7 @@ class TiedLora:
                 shared[shared_a.digest] = tensors.cast(config.name_a(path))
             if shared_bt.digest not in shared:
                 shared[shared_bt.digest] = tensors.cast(config.name_b(path)).t().contiguous()
-        return AdapterWeights(tuple(modules), shared=shared)
+        return AdapterWeights(tuple(modules), read_saved(plan, tensors, base), shared)
 
 
 def _parse_config(keys: ConfigKeys) -> TiedLoraConfig:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 from loraswarm.adapters.adapter import BaseWeights, ModuleInfo, ModuleWeights
 from loraswarm.adapters.config_keys import CONFIG_FILE, SELECTION_KEYS, ConfigKeys
 from loraswarm.adapters.methods.low_rank import (
-    REFUSED_KEYS,
+    check_rank,
     plan_low_rank,
+    read_saved,
     refuse_bias,
     tensor_name,
 )
@@ -76,6 +77,8 @@ class VbLoraConfig:
                     f"{CONFIG_FILE}: vector_length is {self.vector_length}: it does not divide"
                     f" {size}, a size of {path!r}; the adapter belongs to another base model"
                 )
+        # A few indices may stand for a matrix.
+        check_rank(self.method, path, self.rank, shape, site)
         return ModuleInfo(site, self.rank, 1.0)
 
     def tensor_shapes(
@@ -112,12 +115,13 @@ class VbLora:
             tuple(
                 _read_module(module, base.shape.site_path(module.site), config, bank_NL, tensors)
                 for module in plan.modules
-            )
+            ),
+            read_saved(plan, tensors, base),
         )
 
 
 def _parse_config(keys: ConfigKeys) -> VbLoraConfig:
-    keys.check(READ_KEYS, INERT_KEYS, REFUSED_KEYS)
+    keys.check(READ_KEYS, INERT_KEYS, {})
     refuse_bias(keys)
     config = VbLoraConfig(
         selection=keys.selection(),
@@ -157,7 +161,11 @@ def _mixtures(name: str, config: VbLoraConfig, bank_NL: Tensor, tensors: TensorR
     else:
         logits_CGK, indices_CGK = tensors.wide(name).topk(config.num_chosen, dim=-1)
         shares_CGK = logits_CGK.softmax(dim=-1)
-    return (shares_CGK[..., None] * bank_NL[indices_CGK]).sum(dim=-2)
+    # One vector of each mixture after the other: together they are K times the result.
+    mixed_CGL = shares_CGK[..., :1] * bank_NL[indices_CGK[..., 0]]
+    for place in range(1, config.num_chosen):
+        mixed_CGL += shares_CGK[..., place, None] * bank_NL[indices_CGK[..., place]]
+    return mixed_CGL
 
 
 def _stored_choice(name: str, config: VbLoraConfig, tensors: TensorReader) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from loraswarm.adapters.adapter import BaseWeights, ModuleInfo, ModuleWeights, SharedMatrix
-from loraswarm.adapters.config_keys import SELECTION_KEYS, ConfigKeys
+from loraswarm.adapters.config_keys import CONFIG_FILE, SELECTION_KEYS, ConfigKeys
 from loraswarm.adapters.methods.low_rank import (
-    REFUSED_KEYS,
     plan_low_rank,
+    read_saved,
     refuse_bias,
     tensor_name,
 )
@@ -26,6 +26,7 @@ from loraswarm.adapters.module_selection import ModuleSelection
 from loraswarm.adapters.plan import AdapterPlan, AdapterWeights
 from loraswarm.adapters.source import AdapterSource
 from loraswarm.core.base_shape import BaseShape
+from loraswarm.errors import AdapterError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +45,9 @@ INERT_KEYS = frozenset({"d_initial", "fan_in_fan_out", "init_weights", "vera_dro
 _SHARED_A, _SHARED_B = "base_model.vera_A", "base_model.vera_B"
 _U, _V = ".vera_lambda_d", ".vera_lambda_b"
 _MIN_KEY, _MAX_KEY = -(2**63), 2**64 - 1
+# A and B that are drawn may have this many times the elements of the widest weight: no file pays
+# for them. VeRA's ranks exceed the sizes of small models.
+_MAX_DRAWN_WEIGHTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ class Vera:
             digest_a = shared_digest(source, _SHARED_A, (config.rank, in_size))
             digest_b = shared_digest(source, _SHARED_B, (out_size, config.rank))
         else:
+            _check_drawn(config.rank, in_size, out_size)
             # B is drawn after A from one generator, so that every size decides both.
             drawn = f"{config.generator_key} {config.rank} {in_size} {out_size}"
             digest_a, digest_b = f"{_SHARED_A} {drawn}", f"{_SHARED_B} {drawn}"
@@ -113,6 +118,7 @@ class Vera:
                 _read_module(module, base.shape.site_path(module.site), tensors)
                 for module in plan.modules
             ),
+            overlays=read_saved(plan, tensors, base),
             shared={shared_a.digest: a_RI, shared_bt.digest: b_OR.t().contiguous()},
         )
 
@@ -129,7 +135,7 @@ def shared_digest(source: AdapterSource, name: str, shape: tuple[int, ...]) -> s
 
 
 def _parse_config(keys: ConfigKeys) -> VeraConfig:
-    keys.check(READ_KEYS, INERT_KEYS, REFUSED_KEYS)
+    keys.check(READ_KEYS, INERT_KEYS, {})
     refuse_bias(keys)
     has_projection = keys.flag("save_projection", True)
     key = keys.get("projection_prng_key", 0)
@@ -151,6 +157,18 @@ def _widest(selection: ModuleSelection, shape: BaseShape) -> tuple[int, int]:
         if selection.selects(shape.site_path(site))
     ]
     return max((size[0] for size in sizes), default=0), max((size[1] for size in sizes), default=0)
+
+
+def _check_drawn(rank: int, in_size: int, out_size: int) -> None:
+    """Refuse to draw matrices that are larger than what they adapt."""
+    limit = _MAX_DRAWN_WEIGHTS * in_size * out_size // max(1, in_size + out_size)
+    # Where nothing is selected, that is what is refused.
+    if rank > limit > 0:
+        raise AdapterError(
+            f"{CONFIG_FILE}: r is {rank}: without vera_A and vera_B in the file, up to {limit} is"
+            f" read for its {in_size} inputs and {out_size} outputs; save it with save_projection"
+            " set to true"
+        )
 
 
 @lru_cache(maxsize=256)
