@@ -101,5 +101,15 @@ METHOD_CASES: dict[str, Save] = {
         target_modules=["k_proj", "v_proj", "down_proj"],
         feedforward_modules=["down_proj"],
     ),
+    "delora-saved-norm": _peft(
+        "DeloraConfig", r=3, target_modules=["v_proj"], modules_to_save=["model.norm"]
+    ),
+    "adalora-saved-tables": _peft(
+        "AdaLoraConfig",
+        init_r=5,
+        total_step=10,
+        target_modules=["q_proj", "up_proj"],
+        modules_to_save=["embed_tokens", "lm_head"],
+    ),
     "tied-lora": lambda model, path: save_random_tied_lora(model, path, rank=6, seed=5),
 }

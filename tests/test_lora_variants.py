@@ -311,7 +311,7 @@ def test_a_decomposed_base_costs_twice_the_rank_and_a_log_line(tmp_path, caplog,
     assert [module.info.rank for module in adapter.modules] == [6, 6, 3]
     (line,) = [record.getMessage() for record in caplog.records]
     assert "name='a'" in line
-    assert f"init_lora_weights is {init!r}: each load decomposes 3 base weights" in line
+    assert f"init_lora_weights is {init!r}: each load decomposes 2 base weights" in line
     assert "path_initial_model_for_weight_conversion" in line
 
 

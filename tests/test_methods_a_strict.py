@@ -166,7 +166,7 @@ def test_an_extra_tensor_is_refused_by_name(method, extra, model, saved, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["ia3", "tied_lora", "vera"])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn])
 def test_a_tensor_of_another_dtype_is_refused_by_name(method, dtype, model, saved, tmp_path):
     name = TENSORS[method][0]
 

@@ -28,6 +28,7 @@ import torch
 import yaml
 
 from adapter_factory import CONFIG_FILE, WEIGHTS_FILE, random_tensors
+from loraswarm.adapters.printable import MAX_MESSAGE_CHARACTERS
 from loraswarm.adapters.reading import read_adapter_info
 from loraswarm.adapters.source import open_source
 from loraswarm.core.base_shape import TARGETS, BaseShape
@@ -70,6 +71,12 @@ VALUES: Sequence[Any] = (
     float("nan"), "", "none", "all", "q_proj", "all-linear", "(.*)*", "[", "\ud800", "\x00\n",
     [], ["q_proj"], ["lm_head"], ["embed_tokens"], ["norm"], [0], [None], [[]], [2**70],
     {}, {"q_proj": 2}, {"a": {}}, {"": 1}, "pissa", "gaussian", "canonical", "x" * 5000,
+)  # fmt: skip
+# Words that YAML libraries take for more than text.
+YAML_WORDS = (
+    b"!!bool ", b"!!int ", b"!!float ", b"!!timestamp ", b"!!binary ", b"!!set ", b"!!omap ",
+    b"!!python/name:os ", b"!x ", b"&a ", b"*a ", b"<<: ", b"? ", b"- ", b"0x_", b"0b_", b"1:1:",
+    b".inf", b"2001-99-99", b"{", b"[", b"|\n", b"%YAML 9\n", b"---\n", b"\"\\x1b\"", b"=",
 )  # fmt: skip
 BYTES = (0, 1, 2, 4, 10, 32, 40, 46, 71, 82, 93, 125, 127, 128, 255)
 
@@ -145,8 +152,8 @@ class Fuzzer:
             message = str(error)
         if message is None:
             return "read"
-        assert len(message) < 2000, "a long message"
-        assert "\n" not in message, "a message of several lines"
+        assert len(message) <= MAX_MESSAGE_CHARACTERS, "a long message"
+        assert message.isprintable(), "a message of several lines, or with terminal escapes"
         return "refused"
 
     def _saved(self, tensors: dict[str, torch.Tensor], kind: str) -> bytes:
@@ -171,8 +178,13 @@ class Fuzzer:
 
     def _nemo_yaml(self, rng: random.Random) -> Files:
         index = rng.randrange(len(self._configs))
-        text = yaml.safe_dump(self._configs[index]).encode()
-        return self._with_yaml(index, _mutated(text, rng))
+        text = bytearray(yaml.safe_dump(self._configs[index]).encode())
+        for _ in range(rng.randint(0, 2)):
+            # In place of a value, or anywhere.
+            colons = [place + 2 for place in range(len(text)) if text[place : place + 1] == b":"]
+            place = rng.choice(colons) if rng.random() < 0.7 else rng.randrange(len(text))
+            text[place : place + rng.choice([0, 0, 1, 9])] = rng.choice(YAML_WORDS)
+        return self._with_yaml(index, _mutated(text, rng) if rng.random() < 0.5 else bytes(text))
 
     def _with_yaml(self, index: int, text: bytes) -> Files:
         """Replaces the archive's first member, whose header has the size and a checksum."""

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from adapter_factory import CONFIG_FILE, WEIGHTS_FILE, tiny_llama
 from general_form import ModelBase
+from loraswarm.adapters.printable import MAX_MESSAGE_CHARACTERS
 from loraswarm.adapters.reading import read_adapter, read_adapter_info
 from loraswarm.errors import AdapterError
 from method_cases import METHOD_CASES
@@ -87,8 +88,8 @@ class MethodFuzzer:
                 values += [module.a_RI, module.bt_RO, *module.vectors.values()]
             assert all(value.isfinite().all() for value in values if value is not None)
             return "read"
-        assert "\n" not in message, "a message of several lines"
-        assert len(message) < 2000, "a long message"
+        assert message.isprintable(), "a message of several lines, or with terminal escapes"
+        assert len(message) <= MAX_MESSAGE_CHARACTERS, "a long message"
         return "refused"
 
 

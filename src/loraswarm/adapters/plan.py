@@ -54,10 +54,13 @@ def check_tensors(plan: AdapterPlan, label: str, found: Mapping[str, TensorSpec]
     """Raise AdapterError, naming the tensor, unless the file holds exactly the planned ones."""
     expected = plan.tensor_shapes
     for name, spec in found.items():
-        allowed = INDEX_DTYPES if name in plan.index_tensors else FLOAT_DTYPES
+        is_index = name in plan.index_tensors
+        allowed = INDEX_DTYPES if is_index else FLOAT_DTYPES
         if spec.dtype not in allowed:
+            advice = "" if is_index else "; save it in float32 or bfloat16"
             raise AdapterError(
-                f"{label}: tensor {quoted(name)} is {spec.dtype}; supported: {', '.join(allowed)}"
+                f"{label}: tensor {quoted(name)} is {spec.dtype}; supported:"
+                f" {', '.join(allowed)}{advice}"
             )
     for name in sorted(found.keys() - expected.keys() - plan.copies.keys()):
         raise AdapterError(

@@ -21,7 +21,7 @@ from loraswarm.errors import AdapterError
 if TYPE_CHECKING:
     from torch import Tensor
 
-FLOAT_DTYPES = ("F32", "F16", "BF16")
+FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 INDEX_DTYPES = ("U8", "I16", "I32", "I64")
 NEMO_SUFFIX = ".nemo"
 PEFT_FILES = ("adapter_config.json", "adapter_model.bin", "adapter_model.safetensors")

@@ -19,6 +19,7 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F64": torch.float64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -50,9 +51,10 @@ class TensorReader:
 
     def wide(self, name: str) -> Tensor:
         """The tensor in float32, contiguous."""
-        wide = self._source.read(name).float()
+        stored = self._source.read(name)
+        wide = stored.float()
         if not _is_finite(wide):
-            raise self._value_error(name, wide)
+            raise self._value_error(name, stored, torch.float32)
         return wide
 
     def fit(self, name: str, derived: Tensor) -> Tensor:
@@ -66,15 +68,28 @@ class TensorReader:
         """An integer tensor as int64."""
         return self._source.read(name).to(torch.int64)
 
-    def _value_error(self, name: str, stored: Tensor) -> AdapterError:
-        label = self._source.label
+    def agree(self, first: str, second: str, *, is_transposed: bool = False) -> bool:
+        """Whether two tensors, saved in the same dtype or in two, are the same in the base's.
+
+        `is_transposed` where one is the other's transpose.
+        """
+        stored, other = self._source.read(first), self._source.read(second)
+        coarser = max((stored.dtype, other.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+        rounded, other = (tensor.to(coarser).to(self.dtype) for tensor in (stored, other))
+        return rounded.equal(other.t() if is_transposed else other)
+
+    def _value_error(
+        self, name: str, stored: Tensor, dtype: torch.dtype | None = None
+    ) -> AdapterError:
+        label, dtype = self._source.label, dtype or self.dtype
         if not _is_finite(stored):
             return AdapterError(f"{label}: tensor {name!r} has NaN or infinite values")
         largest = stored.abs().max().item()
-        dtype_name = str(self.dtype).removeprefix("torch.")
+        dtype_name = str(dtype).removeprefix("torch.")
+        advice = "" if dtype == torch.float32 else "; serve with a wider --dtype"
         return AdapterError(
             f"{label}: tensor {name!r} has values up to {largest:g}; {dtype_name} ends at"
-            f" {torch.finfo(self.dtype).max:g}; serve with a wider --dtype"
+            f" {torch.finfo(dtype).max:g}{advice}"
         )
 
 

@@ -208,7 +208,7 @@ def parse_lora_config(keys: ConfigKeys) -> LoraConfig:
         init_unties=_init_name(keys.get("init_lora_weights")) in UNTYING_INITS,
         invocation_tokens=keys.token_ids("alora_invocation_tokens") or None,
         block_diagonal=_block_diagonal(_sub_config(keys, "use_bdlora", _BLOCK_DIAGONAL_KEYS)),
-        group_size=keys.rank("qalora_group_size", 16),
+        group_size=_group_size(keys),
         num_groups=velora.rank("velora_config.num_groups", 64) if velora else 64,
         num_samples=monteclora.rank("monteclora_config.num_samples", 8) if monteclora else 8,
     )
@@ -235,6 +235,13 @@ def _variant(keys: ConfigKeys) -> str:
     for key in ("use_dora", "use_qalora"):
         keys.flag(key)
     return VARIANTS[active[0]] if active else ""
+
+
+def _group_size(keys: ConfigKeys) -> int:
+    """Of inputs; null where nothing is grouped."""
+    key = "qalora_group_size"
+    is_off = keys.get(key, 16) is None and not keys.get("use_qalora")
+    return 16 if is_off else keys.rank(key, 16)
 
 
 def _bias(keys: ConfigKeys) -> str:

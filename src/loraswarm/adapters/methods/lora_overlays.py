@@ -161,12 +161,13 @@ def read_replacement(replacement: Replacement, tensors: TensorReader) -> Tensor:
 
     Raises    AdapterError naming two tensors of tied modules that differ.
     """
-    first, *others = replacement.names
-    rows = tensors.cast(first)
+    # PEFT keeps the last.
+    *others, last = replacement.names
+    rows = tensors.cast(last)
     for name in others:
-        if not rows.equal(tensors.cast(name)):
+        if not tensors.agree(name, last):
             raise AdapterError(
-                f"tensors {first!r} and {name!r} differ although the config ties them; train"
+                f"tensors {name!r} and {last!r} differ although the config ties them; train"
                 " with ensure_weight_tying set to false, or make them equal"
             )
     if replacement.order is not None and list(replacement.order) != sorted(replacement.order):

@@ -116,7 +116,7 @@ def layout_of(config: LoraConfig, shape: BaseShape) -> LoraLayout:
         overlays=tuple(overlays),
         invocation_tokens=config.invocation_tokens,
         copies=_copies(config, shape, modules, replacements),
-        advice=_advice(config, modules),
+        advice=_advice(config, shape, adapted),
     )
     return LoraLayout(config, plan, replacements)
 
@@ -271,10 +271,10 @@ def _check_decomposition(config: LoraConfig, shape: BaseShape, adapted: list[int
             raise AdapterError(f"{key} it needs a lora_alpha above 0 for {path!r}; {advice}")
 
 
-def _advice(config: LoraConfig, modules: Iterable[ModuleInfo]) -> str:
+def _advice(config: LoraConfig, shape: BaseShape, adapted: Iterable[int]) -> str:
     if not config.decomposition:
         return ""
-    num_weights = sum(module.rank > 0 for module in modules)
+    num_weights = sum(site < shape.num_linears for site in adapted)
     return (
         f"init_lora_weights is {config.decomposition!r}: each load decomposes {num_weights} base"
         " weights anew; convert the adapter once with PEFT's save_pretrained(...,"

@@ -7,7 +7,7 @@ Legend: R rank, I in features, O out features, V vocabulary, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from loraswarm.adapters.methods.lora_plan import (
 )
 from loraswarm.adapters.plan import AdapterWeights
 from loraswarm.adapters.tensors import TensorReader
-from loraswarm.core.base_shape import EMBEDDING
+from loraswarm.core.base_shape import EMBEDDING, LM_HEAD
 from loraswarm.errors import AdapterError
 
 # Elements of a base weight that are held in float32 at a time: few enough for a core's cache.
@@ -50,7 +50,7 @@ def read_lora(
         if table_VR is not None:
             overlays.append(table_VR)
     if config.head_is_tied:
-        _check_tied(modules, overlays[0])
+        _check_tied(config, tensors)
     overlays += [read_replacement(found, tensors) for found in layout.replacements]
     return AdapterWeights(tuple(modules), tuple(overlays))
 
@@ -72,7 +72,7 @@ def _read_module(
             gains_O = _gains(module, config, (a_RI, b_OR), tensors, base)
         a_RI, b_OR = tensors.fit(name_a, a_RI), tensors.fit(name_b, b_OR)
     else:
-        a_RI, b_OR = tensors.cast(name_a), tensors.cast(name_b)
+        a_RI, b_OR = _stored_matrices(path, config, tensors.cast)
     vectors = _vectors(module, config, gains_O, tensors, base)
     bt_RO = b_OR.t().contiguous()
     if path == EMBEDDING:
@@ -85,8 +85,7 @@ def _wide_matrices(
 ) -> tuple[Tensor, Tensor]:
     """A and B in float32 as they multiply the base's inputs."""
     path = base.shape.site_path(module.site)
-    name_a, name_b = matrix_names(config, path)
-    a_RI, b_OR = tensors.wide(name_a), tensors.wide(name_b)
+    a_RI, b_OR = _stored_matrices(path, config, tensors.wide)
     if config.variant == "qalora":
         # Inputs are averaged over groups and scaled by the number of groups.
         weight = a_RI.shape[1] / config.group_size
@@ -101,6 +100,17 @@ def _wide_matrices(
         a_RI = torch.cat([a_RI, moved_a_RI])
         b_OR = torch.cat([b_OR, -moved_b_OR], dim=1)
     return a_RI, b_OR
+
+
+def _stored_matrices(
+    path: str, config: LoraConfig, read: Callable[[str], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A and B of the file; where the lm_head is tied, PEFT keeps its ends for the embedding."""
+    if path == EMBEDDING and config.head_is_tied:
+        head_a, head_b = matrix_names(config, LM_HEAD)
+        return read(head_b).t(), read(head_a).t()
+    name_a, name_b = matrix_names(config, path)
+    return read(name_a), read(name_b)
 
 
 def _spread(stacked: Tensor, num_blocks: int) -> Tensor:
@@ -197,14 +207,13 @@ def _vectors(
     return vectors
 
 
-def _check_tied(modules: list[ModuleWeights], table_VR: Tensor) -> None:
+def _check_tied(config: LoraConfig, tensors: TensorReader) -> None:
     """Both ends of a tied LoRA are saved; PEFT keeps one of them."""
-    embedding, head = modules[-2], modules[-1]
-    assert embedding.bt_RO is not None
-    assert head.a_RI is not None
-    assert head.bt_RO is not None
-    if not (head.a_RI.equal(embedding.bt_RO) and head.bt_RO.equal(table_VR.t())):
-        raise AdapterError(
-            "the LoRA of 'lm_head' differs from that of 'model.embed_tokens' although"
-            " ensure_weight_tying ties them; train with it set to false, or make them equal"
-        )
+    table_a, table_b = matrix_names(config, EMBEDDING)
+    head_a, head_b = matrix_names(config, LM_HEAD)
+    for name, other in ((head_a, table_b), (head_b, table_a)):
+        if not tensors.agree(name, other, is_transposed=True):
+            raise AdapterError(
+                f"tensor {name!r} differs from {other!r}, transposed, although"
+                " ensure_weight_tying ties them; train with it set to false, or make them equal"
+            )

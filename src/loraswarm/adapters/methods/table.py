@@ -77,9 +77,19 @@ _LORA = (
     _variant("MonteCLoRA", "monteclora_config", "plain LoRA once trained"),
     _variant("Activated LoRA", "alora_invocation_tokens", "from the last invocation on"),
     _variant("Biases in B", "lora_bias", "a vector per output"),
-    _variant("Trained biases", 'bias "lora_only", "all"', "stand in for the base's"),
-    _variant("Trained modules", "modules_to_save", "norms, embedding, lm_head: stand in"),
-    _variant("Trained tokens", "trainable_token_indices", "rows stand in for the embedding's"),
+    _variant(
+        "Trained biases", 'bias "lora_only", "all"', "stand in for the base's; with LoRA only"
+    ),
+    _variant(
+        "Trained modules",
+        "modules_to_save",
+        "norms, embedding, lm_head: stand in; with every method but Tied-LoRA and trainable tokens",
+    ),
+    _variant(
+        "Trained tokens",
+        "trainable_token_indices",
+        "rows stand in for the embedding's; with LoRA only",
+    ),
     _variant("Tied embeddings", "ensure_weight_tying", "embedding and lm_head change alike"),
 )
 _OTHERS_SERVED = (
