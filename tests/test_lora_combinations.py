@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from adapter_factory import load_peft_adapter
 from general_form import applied, logits_of, read
-from lora_models import biased_model, normed_model, plain_model, save_lora
 from loraswarm.core.base_shape import TARGETS
 from loraswarm.errors import AdapterError
+from tiny_models import biased_model, normed_model, plain_model, save_lora
 from tolerance import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore")

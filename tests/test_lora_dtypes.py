@@ -11,7 +11,9 @@ from torch import Tensor
 
 from adapter_factory import shape_of
 from general_form import check_equals_peft, read, save_peft
-from lora_models import (
+from loraswarm.adapters.reading import read_adapter_info
+from loraswarm.errors import AdapterError
+from tiny_models import (
     biased_model,
     change_config,
     change_tensors,
@@ -19,8 +21,6 @@ from lora_models import (
     save_lora,
     tensors_of,
 )
-from loraswarm.adapters.reading import read_adapter_info
-from loraswarm.errors import AdapterError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),

@@ -12,7 +12,10 @@ import torch
 
 from adapter_factory import shape_of
 from general_form import ModelBase, read, save_peft
-from lora_models import (
+from loraswarm.adapters.reading import read_adapter, read_adapter_info
+from loraswarm.core.base_shape import EMBEDDING, LM_HEAD, BaseShape
+from loraswarm.errors import AdapterError
+from tiny_models import (
     biased_model,
     change_config,
     change_tensors,
@@ -20,9 +23,6 @@ from lora_models import (
     save_lora,
     tensors_of,
 )
-from loraswarm.adapters.reading import read_adapter, read_adapter_info
-from loraswarm.core.base_shape import EMBEDDING, LM_HEAD, BaseShape
-from loraswarm.errors import AdapterError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),

@@ -12,7 +12,10 @@ import torch
 
 from adapter_factory import CONFIG_FILE, load_peft_adapter, shape_of
 from general_form import ModelBase, applied, check_equals_peft, logits_of, read
-from lora_models import (
+from loraswarm.adapters.methods import lora_weights
+from loraswarm.adapters.reading import read_adapter_info
+from loraswarm.core.base_shape import TARGETS
+from tiny_models import (
     biased_model,
     change_config,
     change_tensors,
@@ -21,9 +24,6 @@ from lora_models import (
     save_lora,
     tensors_of,
 )
-from loraswarm.adapters.methods import lora_weights
-from loraswarm.adapters.reading import read_adapter_info
-from loraswarm.core.base_shape import TARGETS
 from tolerance import assert_close
 
 pytestmark = [

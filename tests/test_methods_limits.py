@@ -14,7 +14,6 @@ import torch
 
 from adapter_factory import save_random_adapter, shape_of, write_adapter
 from general_form import check_equals_peft, save_peft
-from lora_models import change_config, plain_model, save_lora
 from loraswarm.adapters.config_keys import MAX_NAMES, MAX_PATTERNS, MAX_TARGETS, ConfigKeys
 from loraswarm.adapters.module_selection import (
     ModuleSelection,
@@ -25,6 +24,7 @@ from loraswarm.adapters.module_selection import (
 from loraswarm.adapters.reading import read_adapter_info
 from loraswarm.core.base_shape import TARGETS, BaseShape, module_path
 from loraswarm.errors import AdapterError
+from tiny_models import change_config, plain_model, save_lora
 
 LIMIT_S = 1.0
 LIMIT_BYTES = 64 * 2**20

@@ -10,9 +10,9 @@ import torch
 
 from adapter_factory import peft_warnings_ignored
 from general_form import applied, check_equals_peft, logits_of, read, save_peft
-from lora_models import biased_model, plain_model
 from loraswarm.core.base_shape import TARGETS
 from tied_lora import TiedLoraModel, TiedLoraRecipe
+from tiny_models import biased_model, plain_model
 from tolerance import assert_close
 
 # PEFT warns about what merging would need.

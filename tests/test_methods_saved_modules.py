@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from adapter_factory import shape_of
 from general_form import applied, check_equals_peft, logits_of, read, save_peft
-from lora_models import (
+from loraswarm.adapters.reading import read_adapter_info
+from loraswarm.errors import AdapterError
+from tiny_models import (
     biased_model,
     change_config,
     change_tensors,
@@ -21,8 +23,6 @@ from lora_models import (
     plain_model,
     tensors_of,
 )
-from loraswarm.adapters.reading import read_adapter_info
-from loraswarm.errors import AdapterError
 
 # PEFT warns about what merging would need, and of copies of embeddings.
 pytestmark = [

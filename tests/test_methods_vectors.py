@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,73 +9,26 @@ from typing import Any
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, VBLoRAConfig, VeraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
-from adapter_factory import CONFIG_FILE, WEIGHTS_FILE, shape_of, tiny_llama
+from adapter_factory import WEIGHTS_FILE, shape_of, tiny_llama
 from general_form import ModelBase, check_equals_peft, read, save_peft
 from loraswarm.adapters.reading import read_adapter_info
 from loraswarm.core.base_shape import TARGETS, module_path
 from loraswarm.errors import AdapterError
+from tiny_models import change_config, change_tensors, tiny_biased_llama, tiny_qwen
 from tolerance import assert_close
 
 PREFIX = "base_model.model."
 Q_PROJ, UP, DOWN = (TARGETS.index(name) for name in ("q_proj", "up_proj", "down_proj"))
 
 
-SIZES = {
-    "vocab_size": 133,
-    "hidden_size": 36,
-    "intermediate_size": 52,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
-
-
-def tiny_qwen() -> PreTrainedModel:
-    """A random Qwen2 with biases of q, k and v, and tied embeddings."""
-    torch.manual_seed(0)
-    config = Qwen2Config(**SIZES, tie_word_embeddings=True)
-    return _with_random_biases(Qwen2ForCausalLM(config))
-
-
-def tiny_biased_llama() -> PreTrainedModel:
-    """A random Llama with a bias in every linear of its layers."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)
-    return _with_random_biases(LlamaForCausalLM(config))
-
-
-def _with_random_biases(model: PreTrainedModel) -> PreTrainedModel:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_()
-    return model.eval()
-
-
 @pytest.fixture(scope="module", params=[tiny_llama, tiny_qwen])
 def model(request) -> PreTrainedModel:
     return request.param()
-
-
-def change_config(path: Path, **keys: Any) -> None:
-    config = json.loads((path / CONFIG_FILE).read_text())
-    (path / CONFIG_FILE).write_text(json.dumps(config | keys))
-
-
-def change_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(load_file(path / WEIGHTS_FILE) | tensors, path / WEIGHTS_FILE)
 
 
 def refusal(model: PreTrainedModel, path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Tiny base models with and without biases, q and k norms and tied embeddings, for LoRA's tests.
+"""Tiny base models with and without biases, q and k norms and tied embeddings.
 
 Biases and norms are random: what is not applied shows.
 """
@@ -35,6 +35,30 @@ SIZES: dict[str, Any] = {
     "head_dim": 6,
     "max_position_embeddings": 128,
 }
+# Weights so large that a small update of any of them shows.
+WIDE_SIZES = SIZES | {"initializer_range": 0.2}
+
+
+def tiny_qwen() -> PreTrainedModel:
+    """A random Qwen2 with biases of q, k and v, and tied embeddings."""
+    torch.manual_seed(0)
+    config = Qwen2Config(**WIDE_SIZES, tie_word_embeddings=True)
+    return _with_random_biases(Qwen2ForCausalLM(config))
+
+
+def tiny_biased_llama() -> PreTrainedModel:
+    """A random Llama with a bias in every linear of its layers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**WIDE_SIZES, attention_bias=True, mlp_bias=True)
+    return _with_random_biases(LlamaForCausalLM(config))
+
+
+def _with_random_biases(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    return model.eval()
 
 
 def biased_model(*, tied: bool = True) -> PreTrainedModel:

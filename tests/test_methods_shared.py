@@ -20,8 +20,8 @@ from loraswarm.adapters.adapter import Adapter
 from loraswarm.adapters.reading import read_adapter_info
 from loraswarm.core.base_shape import TARGETS, module_path
 from loraswarm.errors import AdapterError
-from test_methods_a import change_config, change_tensors, tiny_qwen
 from tied_lora import TiedLoraModel, TiedLoraRecipe, load_tied_lora
+from tiny_models import change_config, change_tensors, tiny_qwen
 from tolerance import TOLERANCE, assert_close
 
 SHARED = ("base_model.vera_A", "base_model.vera_B")
