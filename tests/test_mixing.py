@@ -149,6 +149,7 @@ def test_mixes_come_and_go_through_a_pool_with_room_for_one(swarm, engine):
         ((("a000", float("nan")),), InvalidRequest, "'a000' the weight nan"),
         ((("a000", 1e9),), InvalidRequest, "from -100 to 100"),
         ((("a000", "1"),), InvalidRequest, "'a000' the weight '1'"),
+        ((("a000", 10**400),), InvalidRequest, "'a000' the weight 1000"),
         (((7, 1.0),), InvalidRequest, "name 7"),
         (tuple((f"a{i}", 1.0) for i in range(17)), InvalidRequest, "17 entries; at most 16"),
     ],
@@ -240,7 +241,19 @@ def test_offline_adapters_may_be_maps_of_weights(swarm):
         assert list(by_pairs[1].adapter) == ["a000", "a003"]
     each = llm.generate(["Hello", "Hello"], GREEDY, adapter=[[("a000", 0.7), ("a003", 0.4)], None])
     assert [output.token_ids for output in each] == [output.token_ids for output in outputs[:2]]
-    for nonsense in (7, {}, [], {"a000"}, ["a000", 7], ("a000", 0.5), [["a000", 0.5]], [True]):
+    huge, array = {"a000": 10**400}, np.array(["a000", "a003"])
+    for nonsense in (
+        7,
+        {},
+        [],
+        huge,
+        array,
+        {"a000"},
+        ["a000", 7],
+        ("a000", 0.5),
+        [["a000", 0.5]],
+        [True],
+    ):
         with pytest.raises(InvalidRequest, match="adapter"):
             llm.generate(["Hello", "Hi"], GREEDY, adapter=nonsense)
     for nonsense in (7, {}, ["a000"], ("a000", 0.5), Path("a000")):

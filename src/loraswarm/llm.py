@@ -247,13 +247,16 @@ def _pairs(adapter: Any) -> tuple[tuple[str, float], ...]:
     if adapter is None or isinstance(adapter, str):
         return ()
     pairs = list(adapter.items()) if isinstance(adapter, Mapping) else adapter
-    if not pairs or not _are_pairs(pairs):
+    if not _are_pairs(pairs) or not pairs:
         raise InvalidRequest(
             f"adapter is {reprlib.repr(adapter)}; give a name, a map from names to weights, a list"
             " of (name, weight) pairs, or None for the base",
             "adapter",
         )
-    return tuple((name, float(weight)) for name, weight in pairs)
+    # Numbers of numpy become Python's; whole numbers too large for that are refused by Request.
+    return tuple(
+        (name, weight if isinstance(weight, int) else float(weight)) for name, weight in pairs
+    )
 
 
 def _are_pairs(value: Any) -> bool:

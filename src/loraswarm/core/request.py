@@ -5,7 +5,7 @@ Knows nothing about text, HTTP or scheduling. Built by server and LLM, read by t
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -101,8 +101,9 @@ class Request:
     """One prompt for the base model, for one adapter, or for a weighted sum of several.
 
     `adapter` names one; `adapters` are (name, weight) pairs whose updates are added, each times its
-    weight, as PEFT's add_weighted_adapter does with combination_type "cat". At most one of the two
-    is given. Identified by `request_id`.
+    weight, as PEFT's add_weighted_adapter does with combination_type "cat" (but for a first adapter
+    with rsLoRA, whose square root of the rank PEFT applies to the sum again). At most one of the
+    two is given. Identified by `request_id`.
 
     Raises    InvalidRequest naming the field, its value and what is allowed.
     """
@@ -145,8 +146,8 @@ def check_adapters(adapters: tuple[tuple[str, float], ...]) -> None:
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not is_number or not abs(weight) <= MAX_ADAPTER_WEIGHT:
             raise InvalidRequest(
-                f"adapters gives {name[:MAX_SHOWN_NAME]!r} the weight {weight!r}; it must be a"
-                f" number from -{MAX_ADAPTER_WEIGHT:g} to {MAX_ADAPTER_WEIGHT:g}",
+                f"adapters gives {name[:MAX_SHOWN_NAME]!r} the weight {reprlib.repr(weight)}; it"
+                f" must be a number from -{MAX_ADAPTER_WEIGHT:g} to {MAX_ADAPTER_WEIGHT:g}",
                 "adapters",
             )
 
@@ -186,7 +187,11 @@ def _require_number(
 ) -> None:
     bracket = "(" if open_low else "["
     allowed = f"a number in {bracket}{low:g}, {high:g}]"
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise InvalidRequest(f"{name} is {value!r}; it must be {allowed}", name)
-    if value > high or value < low or (open_low and value == low):
-        raise InvalidRequest(f"{name} is {value:g}; it must be {allowed}", name)
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not low <= value <= high
+        or (open_low and value == low)
+    ):
+        shown = f"{value:g}" if isinstance(value, float) else reprlib.repr(value)
+        raise InvalidRequest(f"{name} is {shown}; it must be {allowed}", name)

@@ -62,7 +62,7 @@ def build_engine(config: EngineConfig, report: Report = log.info) -> Engine:
     decoder = load_decoder(path, model_config, backend, report)
     geometry = page_geometry(model_config.shape(), dtype.itemsize)
     config = _size_pool(config, geometry, model_config.max_position)
-    cpu.warm_up(config.dtype, lambda line: report(f"compiling {line}"))
+    cpu.warm_up(config.dtype, lambda line: report(f"kernel {line}"))
     info = _info(config, path, decoder, catalog, geometry)
     unknown = [token_id for token_id in eos_token_ids(path) if token_id >= info.vocab_size]
     if unknown:

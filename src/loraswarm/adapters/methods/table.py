@@ -93,13 +93,13 @@ _LORA = (
     _variant("Tied embeddings", "ensure_weight_tying", "embedding and lm_head change alike"),
 )
 _OTHERS_SERVED = (
-    _served("VeRA", "VERA", "A and B kept once for all modules and adapters; two vectors each"),
+    _served("VeRA", "VERA", "A and B, saved or drawn, kept once for all modules and adapters"),
     _served("Tied-LoRA", "TIED_LORA", "A and B kept once for all layers (docs/tied_lora.md)"),
     _served("AdaLoRA", "ADALORA", "E folded in; each module has the rank it kept"),
-    _served("VB-LoRA", "VBLORA", "A and B expanded from the vector bank at load"),
+    _served("VB-LoRA", "VBLORA", "A and B from the vector bank, where that is no larger"),
     _served("IA3", "IA3", "a gain per output; inputs of down_proj as gains of up_proj"),
     _served("DeLoRA", "DELORA", "norms and bound folded into A and B"),
-    _served("MiSS", "MISS", "the A that sums inputs kept once for each r; also the mini form"),
+    _served("MiSS", "MISS", "the A that sums inputs kept once; mini where that is no larger"),
     _served("LoHa", "LOHA", "as LoRA of rank r * r, where that is no larger than the weight"),
     _served("LoKr", "LOKR", "as LoRA of its factors' rank, where that is no larger"),
     _served("GraLoRA", "GRALORA", "as LoRA of rank k * r, where that is no larger"),
