@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from adapter_factory import peft_warnings_ignored
+from adapter_factory import peft_warnings_ignored, save_random_adapter
 from engine_factory import GREEDY, make_engine, make_request, prompt_of, run_tokens, save_swarm
 from fake_engine import FakeEngine
 from general_form import save_peft
@@ -20,6 +20,8 @@ from loraswarm.adapters.adapter import AdapterInfo, ModuleInfo, OverlayInfo
 from loraswarm.core.request import Request
 from loraswarm.engine.engine import Engine
 from loraswarm.engine.mixing import first_adapted, resolve_mix
+from loraswarm.models.families import decoder_config
+from loraswarm.models.source import read_config
 from model_factory import save_tiny_model
 from served_logits import SCORED, served_logits
 from server_harness import RunningServer, openai_client, running_server
@@ -113,6 +115,20 @@ def test_updates_of_the_embedding_and_the_lm_head_can_be_summed(tmp_path):
     found = served_logits(engine, [mixed("xyz", (("z", 1.0), ("y", 1.0), ("x", 1.0)))])
     again = served_logits(engine, [mixed("xyz", (("x", 1.0), ("y", 1.0), ("z", 1.0)))])
     assert_close(found["xyz"][1], again["xyz"][1], torch.float32)
+
+
+def test_a_sum_with_rslora_does_not_depend_on_order_and_equals_peft_where_it_comes_second(tmp_path):
+    save_swarm(tmp_path, 1, ranks=(5,))
+    shape = decoder_config(read_config(tmp_path / "model")).shape()
+    stable = {"use_rslora": True}
+    save_random_adapter(
+        tmp_path / "adapters" / "rs", shape, rank=4, seed=9, std=0.2, config_overrides=stable
+    )
+    engine = make_engine(tmp_path)
+    check_sum(tmp_path, engine, (("a000", 0.5), ("rs", 0.5)))
+    orders = [(("a000", 0.5), ("rs", 0.5)), (("rs", 0.5), ("a000", 0.5))]
+    one, other = (served_logits(engine, [mixed("x", order)])["x"][1] for order in orders)
+    assert_close(one, other, torch.float32)
 
 
 def test_one_adapter_of_weight_one_is_that_adapter(engine):
