@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from adapter_factory import WEIGHTS_FILE, tiny_llama
 from general_form import TOKENS, ModelBase, applied, check_equals_peft, logits_of, read, save_peft
 from loraswarm.adapters.adapter import Adapter
-from loraswarm.adapters.reading import read_adapter_info
+from loraswarm.adapters.reading import read_adapter, read_adapter_info
+from loraswarm.adapters.tensor_file import TensorFile
 from loraswarm.core.base_shape import TARGETS, module_path
 from loraswarm.errors import AdapterError
 from tied_lora import TiedLoraModel, TiedLoraRecipe, load_tied_lora
@@ -275,3 +276,20 @@ def test_shared_matrices_are_in_the_bases_dtype_and_vectors_in_float32(tmp_path,
     path = module_path(0, 0)
     stored = load_file(tmp_path / WEIGHTS_FILE)[f"base_model.model.{path}.vera_lambda_b"]
     assert torch.equal(adapter.modules[0].vectors["v"], stored)
+
+
+def test_shared_matrices_are_hashed_when_described_and_not_again_when_read(tmp_path, monkeypatch):
+    model = tiny_qwen()
+    save_peft(model, tmp_path, VeraConfig(task_type="CAUSAL_LM", r=5, target_modules=["q_proj"]))
+    hashed = []
+    content_digest = TensorFile.content_digest
+    monkeypatch.setattr(
+        TensorFile,
+        "content_digest",
+        lambda self, names: hashed.append(names) or content_digest(self, names),
+    )
+    base = ModelBase(model)
+    info = read_adapter_info(tmp_path, "a", base.shape)
+    assert len(hashed) == 2
+    assert len(read_adapter(info, base, torch.float32).shared) == 2
+    assert len(hashed) == 2

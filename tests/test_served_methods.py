@@ -154,7 +154,7 @@ def test_preemption_at_any_step_changes_nothing(swarms):
         if step in (1, 2, 4, 7) and engine._scheduler._running:
             engine._scheduler._preempt(engine._scheduler._running[step % 3])
 
-    names = ["dora", "vera", "saved-embeddings", "embeddings", "ia3", "alora", "lm-head"]
+    names = list(METHOD_CASES)
     requests = [
         make_request(name, name, prompt_with_invocation(i, 17 + i), SCORED)
         for i, name in enumerate(names)

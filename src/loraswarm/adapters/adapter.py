@@ -21,6 +21,8 @@ from loraswarm.core.base_shape import TARGETS, BaseShape
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loraswarm.adapters.plan import AdapterPlan
+
 VectorName = Literal["u", "v", "g", "c"]
 EMBEDDING_A = "model.embed_tokens.lora_A"
 """Where the overlay of a LoRA on the embedding goes: A transposed, [vocabulary, rank]."""
@@ -85,7 +87,8 @@ class AdapterInfo:
     `digest` identifies the content of config and weights; (name, digest) is the identity that
     caches use. `modules` is sorted by site. `num_bytes` is the size of the weights file. With
     `invocation_tokens` the adapter acts from the start of their last match in the prompt on, and
-    not at all where they do not occur (activated LoRA).
+    not at all where they do not occur (activated LoRA). `plan` is what read_adapter follows: it is
+    made once, since some methods read matrices for it.
     """
 
     name: str
@@ -97,6 +100,7 @@ class AdapterInfo:
     overlays: tuple[OverlayInfo, ...] = ()
     invocation_tokens: tuple[int, ...] | None = None
     file_format: str = "peft"
+    plan: AdapterPlan | None = field(default=None, compare=False, repr=False)
 
     @property
     def key(self) -> tuple[str, str]:

@@ -50,6 +50,7 @@ def describe(source: AdapterSource, path: Path, name: str, shape: BaseShape) -> 
         overlays=plan.overlays,
         invocation_tokens=plan.invocation_tokens,
         file_format=source.file_format,
+        plan=plan,
     )
 
 
@@ -67,12 +68,11 @@ def read_adapter(info: AdapterInfo, base: BaseWeights, dtype: torch.dtype) -> Ad
 
     with errors_name(info.name), open_source(info.path) as source:
         _require_unchanged(info, source)
-        keys = ConfigKeys.parse(source.config)
-        method = method_of(keys)
-        plan = method.plan(keys, base.shape, source)
+        keys, plan = ConfigKeys.parse(source.config), info.plan
+        assert plan is not None, "the info was not made by describe"
         if plan.advice:
             _logger.warning("adapter loads slowly name=%r advice=%r", info.name, plan.advice)
-        weights = method.read(plan, keys, TensorReader(source, dtype), base)
+        weights = method_of(keys).read(plan, keys, TensorReader(source, dtype), base)
         _require_unchanged(info, source)
         return Adapter(info, weights.modules, weights.overlays, weights.shared)
 

@@ -195,7 +195,8 @@ class Scheduler:
 
     def _has_room(self, num_pages: int) -> bool:
         """Whether `num_pages` are free, or would be without the idle adapters."""
-        return self._pool.num_free + self._adapters.num_idle_pages() >= num_pages
+        missing = num_pages - self._pool.num_free
+        return missing <= 0 or self._adapters.num_idle_pages() >= missing
 
     def _make_room(self, num_pages: int) -> bool:
         """Evict idle adapters until `num_pages` are free; evicts none if that cannot suffice."""

@@ -28,9 +28,9 @@ from loraswarm.memory.tile_layout import (
 )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class SharedPlace:
-    """Where a shared matrix is; a new object each time it becomes resident.
+    """Where a shared matrix is; a new object each time it becomes resident, gone when it leaves.
 
     Piece i of its packing begins at element `starts[i]` of the pool.
     """

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loraswarm.adapters.adapter import EMBEDDING_A, Adapter, SharedMatrix
+from loraswarm.adapters.adapter import EMBEDDING_A, Adapter
 from loraswarm.core.base_shape import BaseShape
 from loraswarm.core.sequence import AdapterKey, AdapterMix
 from loraswarm.kernels import MAX_TILE_RANKS, TileTable
@@ -57,7 +58,7 @@ class TileStore:
         self._buffer = buffer
         self._num_sites = shape.num_sites()
         self._residents: dict[AdapterKey, _Resident] = {}
-        self._written: dict[SharedMatrix, SharedPlace] = {}
+        self._written: WeakSet[SharedPlace] = WeakSet()
         self._joined_mixes: tuple[AdapterMix, ...] = ()
         self._joined: TileTable | None = None
         self._overlays: dict[tuple[Segment, ...], Overlays] = {}
@@ -119,12 +120,12 @@ class TileStore:
 
     def _write_shared(self, place: SharedPlace, matrix: Tensor) -> None:
         """Write a shared matrix unless it has been written at this very place."""
-        if self._written.get(place.matrix) is place:
+        if place in self._written:
             return
         offsets = _block_offsets(place.layout.packing, place.starts)
         for block, offset in zip(place.layout.blocks, offsets, strict=True):
             self._buffer.write(offset, _part(matrix, block))
-        self._written[place.matrix] = place
+        self._written.add(place)
 
     def _write_own(self, blocks: Sequence[Block], offsets: Sequence[int], adapter: Adapter) -> None:
         weights = {module.info.site: module for module in adapter.modules}

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING
 
 from loraswarm.adapters.adapter import BaseWeights, ModuleInfo, ModuleWeights
 from loraswarm.adapters.config_keys import CONFIG_FILE, SELECTION_KEYS, ConfigKeys
-from loraswarm.adapters.methods.low_rank import plan_low_rank, read_saved, refuse_bias, tensor_name
+from loraswarm.adapters.methods.low_rank import (
+    plan_low_rank,
+    read_low_rank,
+    refuse_bias,
+    tensor_name,
+)
 from loraswarm.adapters.module_selection import ModuleSelection
 from loraswarm.adapters.plan import AdapterPlan, AdapterWeights
 from loraswarm.adapters.printable import shortened
@@ -126,12 +131,8 @@ class AdaLora:
         for name in plan.tensor_shapes:
             if name.endswith(_RANK_NUMBER):
                 _check_rank_number(name, keys.rank("init_r", 12), tensors)
-        return AdapterWeights(
-            tuple(
-                _read_module(module, base.shape.site_path(module.site), tensors)
-                for module in plan.modules
-            ),
-            read_saved(plan, tensors, base),
+        return read_low_rank(
+            plan, tensors, base, lambda module, path: _read_module(module, path, tensors)
         )
 
 

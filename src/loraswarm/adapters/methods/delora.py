@@ -15,7 +15,7 @@ from loraswarm.adapters.adapter import BaseWeights, ModuleInfo, ModuleWeights
 from loraswarm.adapters.config_keys import SELECTION_KEYS, ConfigKeys
 from loraswarm.adapters.methods.low_rank import (
     plan_low_rank,
-    read_saved,
+    read_low_rank,
     refuse_bias,
     tensor_name,
 )
@@ -83,12 +83,8 @@ class Delora:
         self, plan: AdapterPlan, keys: ConfigKeys, tensors: TensorReader, base: BaseWeights
     ) -> AdapterWeights:
         """See `Method`."""
-        return AdapterWeights(
-            tuple(
-                _read_module(module, base.shape.site_path(module.site), tensors)
-                for module in plan.modules
-            ),
-            read_saved(plan, tensors, base),
+        return read_low_rank(
+            plan, tensors, base, lambda module, path: _read_module(module, path, tensors)
         )
 
 

@@ -17,7 +17,7 @@ from loraswarm.adapters.config_keys import CONFIG_FILE, SELECTION_KEYS, ConfigKe
 from loraswarm.adapters.methods.low_rank import (
     check_rank,
     plan_low_rank,
-    read_saved,
+    read_low_rank,
     refuse_bias,
     tensor_name,
 )
@@ -88,12 +88,8 @@ class Gralora:
     ) -> AdapterWeights:
         """See `Method`."""
         config = _parse_config(keys)
-        return AdapterWeights(
-            tuple(
-                _read_module(module, base.shape.site_path(module.site), config, tensors)
-                for module in plan.modules
-            ),
-            read_saved(plan, tensors, base),
+        return read_low_rank(
+            plan, tensors, base, lambda module, path: _read_module(module, path, config, tensors)
         )
 
 

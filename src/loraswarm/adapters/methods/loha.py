@@ -16,7 +16,7 @@ from loraswarm.adapters.config_keys import SELECTION_KEYS, ConfigKeys
 from loraswarm.adapters.methods.low_rank import (
     check_rank,
     plan_low_rank,
-    read_saved,
+    read_low_rank,
     row_products,
     tensor_name,
 )
@@ -90,12 +90,8 @@ class Loha:
         self, plan: AdapterPlan, keys: ConfigKeys, tensors: TensorReader, base: BaseWeights
     ) -> AdapterWeights:
         """See `Method`."""
-        return AdapterWeights(
-            tuple(
-                _read_module(module, base.shape.site_path(module.site), tensors)
-                for module in plan.modules
-            ),
-            read_saved(plan, tensors, base),
+        return read_low_rank(
+            plan, tensors, base, lambda module, path: _read_module(module, path, tensors)
         )
 
 

@@ -7,11 +7,11 @@ Legend: P Q ranks of factors, N columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
-from loraswarm.adapters.adapter import BaseWeights, ModuleInfo
+from loraswarm.adapters.adapter import BaseWeights, ModuleInfo, ModuleWeights
 from loraswarm.adapters.config_keys import CONFIG_FILE, ConfigKeys
 from loraswarm.adapters.methods.lora_overlays import (
     TABLES,
@@ -23,7 +23,7 @@ from loraswarm.adapters.methods.lora_overlays import (
     whole_module,
 )
 from loraswarm.adapters.module_selection import ModuleSelection
-from loraswarm.adapters.plan import PREFIX, AdapterPlan
+from loraswarm.adapters.plan import PREFIX, AdapterPlan, AdapterWeights
 from loraswarm.core.base_shape import EMBEDDING, LM_HEAD, TARGETS, BaseShape
 from loraswarm.errors import AdapterError
 
@@ -99,6 +99,17 @@ def plan_low_rank(config: LowRankConfig, shape: BaseShape) -> AdapterPlan:
         overlays=tuple(found.info for found in replacements),
         copies=table_copies(shape, suffixes),
     )
+
+
+def read_low_rank(
+    plan: AdapterPlan,
+    tensors: TensorReader,
+    base: BaseWeights,
+    read_module: Callable[[ModuleInfo, str], ModuleWeights],
+) -> AdapterWeights:
+    """The weights of a plan of `plan_low_rank`, each module's as `read_module(module, path)`."""
+    modules = [read_module(module, base.shape.site_path(module.site)) for module in plan.modules]
+    return AdapterWeights(tuple(modules), read_saved(plan, tensors, base))
 
 
 def read_saved(plan: AdapterPlan, tensors: TensorReader, base: BaseWeights) -> tuple[Tensor, ...]:

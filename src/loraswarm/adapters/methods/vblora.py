@@ -19,7 +19,7 @@ from loraswarm.adapters.config_keys import CONFIG_FILE, SELECTION_KEYS, ConfigKe
 from loraswarm.adapters.methods.low_rank import (
     check_rank,
     plan_low_rank,
-    read_saved,
+    read_low_rank,
     refuse_bias,
     tensor_name,
 )
@@ -111,12 +111,11 @@ class VbLora:
         """See `Method`."""
         config = _parse_config(keys)
         bank_NL = tensors.wide(_BANK)
-        return AdapterWeights(
-            tuple(
-                _read_module(module, base.shape.site_path(module.site), config, bank_NL, tensors)
-                for module in plan.modules
-            ),
-            read_saved(plan, tensors, base),
+        return read_low_rank(
+            plan,
+            tensors,
+            base,
+            lambda module, path: _read_module(module, path, config, bank_NL, tensors),
         )
 
 
