@@ -15,8 +15,10 @@ from loraswarm.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
+EVICTIONS = ("cost", "lru")
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
+Eviction = Literal["cost", "lru"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,11 @@ class EngineConfig:
     `pool_bytes` is the size of the one pool of K/V and adapter pages; None takes
     `memory_utilization` of what is available after the weights (on a CPU at most 4 GiB).
     `max_step_tokens` bounds the tokens of one step: prefill chunks fill what decodes leave.
+    `adapters` are stores: directories or URLs; every `refresh_interval_s` they are scanned anew
+    (None: only when asked). `host_cache_bytes` bounds the adapters kept in host memory, ready to be
+    copied to the pool; None takes a share of what is available. With `host_cache_dir` they are kept
+    in files there, and found again by the next start. `eviction` chooses which idle adapter or
+    cached prefix leaves first: by what it would cost to miss it, or the least recently used.
     """
 
     model: str
@@ -40,18 +47,28 @@ class EngineConfig:
     max_step_tokens: int = 512
     num_threads: int | None = None
     seed: int | None = None
+    refresh_interval_s: float | None = None
+    host_cache_bytes: int | None = None
+    host_cache_dir: str | None = None
+    prefix_caching: bool = True
+    eviction: Eviction = "cost"
 
     def __post_init__(self) -> None:
         _require_choice("dtype", self.dtype, DTYPES)
+        _require_choice("eviction", self.eviction, EVICTIONS)
         _require_choice("device", self.device, DEVICES)
         if not self.model:
             raise ConfigError("model is empty; give a local directory or a hub id")
-        for name in ("max_model_len", "pool_bytes", "num_threads"):
+        for name in ("max_model_len", "pool_bytes", "num_threads", "host_cache_bytes"):
             value = getattr(self, name)
             if value is not None:
                 _require_positive(name, value)
         _require_positive("max_num_sequences", self.max_num_sequences)
         _require_positive("max_step_tokens", self.max_step_tokens)
+        if self.refresh_interval_s is not None and not self.refresh_interval_s > 0:
+            raise ConfigError(
+                f"refresh_interval_s is {self.refresh_interval_s}; it must be > 0 seconds"
+            )
         if not 0.0 < self.memory_utilization <= 1.0:
             raise ConfigError(
                 f"memory_utilization is {self.memory_utilization}; it must be in (0, 1]"

@@ -4,8 +4,11 @@ LoRASwarmError
 ├── ConfigError       an option or a model directory is wrong; raised before anything is served
 ├── InvalidRequest    400  the request cannot be served as it is written
 ├── UnknownAdapter    404  `model` names nothing we serve
+├── PathNotFound      404  a path to load from has no adapter
+├── ForbiddenPath     403  a path to load from is outside the configured stores
 ├── AdapterError      422  an adapter's files cannot be applied exactly
 ├── Overloaded        503  try again later
+├── StoreError        503  a store of adapters cannot be read now
 ├── EngineError       500  a bug of ours or a dead engine
 └── OutOfPages        the page pool cannot give that many; callers evict, preempt or wait
 
@@ -60,6 +63,20 @@ class UnknownAdapter(LoRASwarmError):
         super().__init__(f"no model or adapter is named {asked}; known: {shown or 'none'}")
 
 
+class PathNotFound(LoRASwarmError):
+    """There is no adapter at the path or URL that was given."""
+
+    http_status = 404
+    error_type = "not_found_error"
+
+
+class ForbiddenPath(LoRASwarmError):
+    """A path or URL to load from lies outside the stores that were configured."""
+
+    http_status = 403
+    error_type = "permission_error"
+
+
 class AdapterError(LoRASwarmError):
     """An adapter cannot be applied exactly. The message names the tensor or config key."""
 
@@ -72,6 +89,20 @@ class Overloaded(LoRASwarmError):
 
     http_status = 503
     error_type = "overloaded_error"
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class StoreError(LoRASwarmError):
+    """A store of adapters failed: a directory that is gone, a network error, a time-out.
+
+    What is in memory is served on. `retry_after_s` is sent as Retry-After.
+    """
+
+    http_status = 503
+    error_type = "store_error"
 
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
         super().__init__(message)

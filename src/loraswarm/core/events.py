@@ -40,7 +40,9 @@ class SequenceEvent:
     `token_ids` are new since the last event; `logprobs` is parallel to it when asked for.
     `prompt_logprobs` comes once, with the first event of a request that asked for it; its first
     item is None because nothing predicts the first token. `stop_token_id` is the stop or end token
-    that ended the sequence (also the last of `token_ids`).
+    that ended the sequence (also the last of `token_ids`). `num_cached_tokens` of the prompt were
+    not computed, because their K and V were there; `queue_s` is how long the request waited before
+    its first step. Both come with the first event that has tokens.
     """
 
     request_id: str
@@ -49,4 +51,6 @@ class SequenceEvent:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    num_cached_tokens: int | None = None
+    queue_s: float | None = None
     error: ErrorInfo | None = None
