@@ -53,13 +53,16 @@ def save_swarm(
 
 
 def make_engine(path: Path, report: Report | None = None, **options: Any) -> Engine:
-    """The engine of a saved swarm; small pool and context unless `options` say otherwise."""
+    """The engine of a saved swarm; small pool and context, and no prefix cache, which would let
+    one request answer with what another has computed, unless `options` say otherwise."""
     defaults = {
         "model": str(path / "model"),
         "adapters": (str(path / "adapters"),),
         "pool_bytes": 8 << 20,
         "num_threads": 2,
         "seed": 0,
+        "host_cache_bytes": 64 << 20,
+        "prefix_caching": False,
     }
     config = EngineConfig.from_options(defaults | options)
     return build_engine(config, report) if report else build_engine(config)

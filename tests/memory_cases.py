@@ -16,6 +16,9 @@ from loraswarm.adapters.adapter import (
     SharedMatrix,
 )
 from loraswarm.core.base_shape import EMBEDDING, FINAL_NORM, LM_HEAD, TARGETS, BaseShape
+from loraswarm.core.sequence import AdapterKey
+from loraswarm.memory.adapter_cache import AdapterLoad
+from loraswarm.memory.memory import Memory
 
 QWEN_SHAPE = BaseShape(
     num_layers=24,
@@ -144,3 +147,20 @@ def shared_values(matrix: SharedMatrix, dtype: torch.dtype) -> torch.Tensor:
     """The values that a digest stands for."""
     generator = torch.Generator().manual_seed(sum(matrix.digest.encode()))
     return torch.randn(matrix.num_rows, matrix.width, generator=generator).to(dtype)
+
+
+def written(memory: Memory, info: AdapterInfo) -> AdapterLoad | None:
+    """Bring an adapter into pages as if its bytes were copied, and leave it idle."""
+    load, _ = memory.pin_adapter(info)
+    if load is not None:
+        memory.adapters.finish_load(info.key)
+    memory.adapters.unpin(info.key)
+    return load
+
+
+def evict_all(memory: Memory) -> list[AdapterKey]:
+    """Evict what may leave; returns the adapters that left."""
+    num_leaving = memory.prefixes.num_idle_pages + memory.adapters.num_idle_pages()
+    evicted = memory.make_room(memory.pool.num_free + num_leaving)
+    assert evicted is not None
+    return evicted

@@ -11,10 +11,11 @@ from loraswarm.core.base_shape import BaseShape
 from loraswarm.core.request import Request, SamplingParams
 from loraswarm.core.sequence import Sequence
 from loraswarm.engine.policies import FirstComeFirstServed
-from loraswarm.engine.scheduler import Scheduler
+from loraswarm.engine.scheduler import Scheduler, StepLimits
 from loraswarm.engine.step import ChunkResult, Step
+from loraswarm.engine.supply import EverythingAtHand
 from loraswarm.memory.geometry import page_geometry
-from loraswarm.memory.memory import Memory
+from loraswarm.memory.memory import Memory, MemoryOptions
 
 SHAPE = BaseShape(
     num_layers=2,
@@ -67,13 +68,27 @@ def make_sequence(
     )
 
 
+class InstantCopies(Scheduler):
+    """A scheduler whose adapters are copied into their pages at once."""
+
+    def plan(self) -> Step:
+        step = super().plan()
+        if not step.loads:
+            return step
+        for load in step.loads:
+            self._adapters.finish_load(load.info.key)
+        after = super().plan()
+        return Step(after.chunks, step.loads + after.loads, step.dropped + after.dropped)
+
+
 def make_scheduler(
-    num_pages: int, max_num_sequences: int = 8, max_step_tokens: int = 32
+    num_pages: int, max_num_sequences: int = 8, max_step_tokens: int = 32, kind=InstantCopies
 ) -> tuple[Scheduler, Memory]:
-    """A scheduler over a pool of `num_pages` pages."""
-    memory = Memory.of_pages(num_pages, SHAPE, GEOMETRY)
-    policy = FirstComeFirstServed()
-    return Scheduler(memory, policy, max_num_sequences, max_step_tokens), memory
+    """A scheduler over a pool of `num_pages` pages, without a prefix cache."""
+    options = MemoryOptions(policy="lru", has_prefix_cache=False)
+    memory = Memory.of_pages(num_pages, SHAPE, GEOMETRY, options)
+    limits = StepLimits(max_num_sequences, max_step_tokens)
+    return kind(memory, FirstComeFirstServed(), EverythingAtHand(), limits), memory
 
 
 def next_token(token_ids: list[int]) -> int:

@@ -11,6 +11,7 @@ import pytest
 
 from engine_factory import make_engine, make_request, prompt_of, run_tokens, save_swarm
 from loraswarm.config import EngineConfig
+from loraswarm.core.client import served_names
 from loraswarm.core.request import SamplingParams
 from loraswarm.engine.child_client import ChildEngineClient
 from loraswarm.errors import ConfigError, EngineError
@@ -59,7 +60,7 @@ def test_answers_equal_those_of_an_engine_in_this_process(swarm):
         lines = []
         client = await ChildEngineClient.start(config_of(swarm), lines.append)
         try:
-            assert client.info.served_adapters() == ["a000", "a001", "a002"]
+            assert served_names(client.adapters) == ["a000", "a001", "a002"]
             found = await asyncio.gather(*(collect(client, request) for request in requests))
         finally:
             await client.close()

@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loraswarm.adapters.adapter import EMBEDDING_A, AdapterInfo, ModuleInfo
+from image_cases import SHAPE
+from loraswarm.adapters.adapter import EMBEDDING_A, Adapter, AdapterInfo, ModuleInfo
 from loraswarm.core.base_shape import EMBEDDING, FINAL_NORM, LM_HEAD
 from loraswarm.kernels.overlay import row_blocks
+from loraswarm.memory.adapter_cache import AdapterLoad
 from loraswarm.memory.geometry import page_geometry
 from loraswarm.memory.memory import Memory
 from loraswarm.memory.page_buffer import PageBuffer
 from loraswarm.memory.tile_store import TileStore
 from memory_cases import kinds, lora, random_adapter
-from scheduler_cases import SHAPE
 
 KINDS = kinds(SHAPE)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -35,15 +36,23 @@ class Store:
 
     def load(self, *infos: AdapterInfo) -> None:
         for info in infos:
-            self.adapters[info.name] = random_adapter(info, SHAPE, self.dtype)
             load = self.memory.adapters.pin(info)
-            self.tiles.load(load, self.adapters[info.name])
+            self.write(load, random_adapter(info, SHAPE, self.dtype))
+
+    def write(self, load: AdapterLoad, adapter: Adapter) -> None:
+        """Carry out a load."""
+        self.adapters[load.info.name] = adapter
+        self.tiles.load(load, adapter)
+        self.memory.adapters.finish_load(load.info.key)
+
+    def evict(self, num_free: int) -> None:
+        for key in self.memory.make_room(num_free):
+            self.tiles.drop(key)
 
     def evict_all(self) -> None:
         for adapter in self.adapters.values():
             self.memory.adapters.unpin(adapter.info.key)
-        for key in self.memory.adapters.evict_idle(10_000):
-            self.tiles.drop(key)
+        self.evict(self.memory.pool.num_pages)
         self.adapters.clear()
 
 
@@ -288,9 +297,10 @@ def test_shared_matrices_of_a_load_that_failed_are_written_by_the_next_one():
     load = store.memory.adapters.pin(KINDS["vera-other"])
     assert load.shared == failed.shared, "planned in one step"
     adapter = random_adapter(KINDS["vera-other"], SHAPE, store.dtype)
-    store.tiles.load(load, adapter)
+    store.memory.adapters.fail_load(KINDS["vera"].key)
     store.memory.adapters.unpin(KINDS["vera"].key)
-    store.memory.adapters.discard(KINDS["vera"].key)
+    assert not store.memory.adapters.is_resident(KINDS["vera"].key)
+    store.write(load, adapter)
     table = store.tiles.table([(one(KINDS["vera-other"]), 1)])
     check_segment(store, table, 0, [(adapter, 1.0)])
 
@@ -301,7 +311,7 @@ def test_a_shared_matrix_is_written_once_while_resident_and_again_when_it_comes_
     store.load(KINDS["vera"])
     other = random_adapter(KINDS["vera-other"], SHAPE, store.dtype)
     unread = {digest: torch.full_like(matrix, 9.0) for digest, matrix in other.shared.items()}
-    store.tiles.load(store.memory.adapters.pin(other.info), replace(other, shared=unread))
+    store.write(store.memory.adapters.pin(other.info), replace(other, shared=unread))
     table = store.tiles.table([(one(other.info), 1)])
     check_segment(store, table, 0, [(other, 1.0)])
     store.adapters["vera-other"] = other
@@ -325,19 +335,18 @@ def test_vectors_keep_all_bits_of_float32_in_a_pool_of_16_bits():
 def test_adapters_that_come_and_go_are_found_where_they_are():
     torch.manual_seed(0)
     store = Store(num_pages=80)
-    names = list(KINDS)
+    names, num_evicted = list(KINDS), 0
     for turn in range(60):
         chosen = [KINDS[names[(turn * step + step) % len(names)]] for step in (1, 3, 7)]
         chosen = list({info.name: info for info in chosen}.values())
-        store.memory.adapters.check()
+        store.memory.check()
         for info in chosen:
-            wanted = store.memory.adapters.num_load_pages(info)
-            for key in store.memory.adapters.evict_idle(wanted):
+            load, evicted = store.memory.pin_adapter(info)
+            num_evicted += len(evicted)
+            for key in evicted:
                 store.tiles.drop(key)
-            load = store.memory.adapters.pin(info)
             if load is not None:
-                store.adapters[info.name] = random_adapter(info, SHAPE, store.dtype)
-                store.tiles.load(load, store.adapters[info.name])
+                store.write(load, random_adapter(info, SHAPE, store.dtype))
         segments = [(one(info), 1 + turn % 3) for info in chosen]
         table = store.tiles.table(segments)
         overlays = store.tiles.overlays(segments)
@@ -349,6 +358,7 @@ def test_adapters_that_come_and_go_are_found_where_they_are():
             check_overlays(store, overlays, adapter, segment * size, (segment + 1) * size)
         for info in chosen:
             store.memory.adapters.unpin(info.key)
+    assert num_evicted > 0
 
 
 def test_an_embedding_and_linears_of_other_ranks_are_in_one_table():

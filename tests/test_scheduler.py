@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from loraswarm.core.events import ErrorInfo
+from loraswarm.engine.policies import FirstComeFirstServed
+from loraswarm.engine.scheduler import Scheduler, StepLimits
 from loraswarm.engine.step import ChunkResult
+from loraswarm.engine.supply import EverythingAtHand
+from loraswarm.memory.memory import Memory
 from scheduler_cases import (
     GEOMETRY,
+    SHAPE,
+    InstantCopies,
     expected_output,
     make_info,
     make_odd_info,
@@ -87,7 +94,7 @@ def test_an_idle_adapter_makes_room_for_k_v_and_for_other_adapters():
     second = make_sequence("second", 4, 2, info_b)
     scheduler.add(second, [info_b])
     step = scheduler.plan()
-    assert step.evicted == (info_a.key,)
+    assert step.dropped == (info_a.key,)
     assert [load.info.name for load in step.loads] == ["b"]
     scheduler.commit(step, results_of(step))
     run(scheduler, [second])
@@ -101,7 +108,7 @@ def test_a_small_adapter_evicts_no_more_than_leave_it_a_gap():
         sequence = make_sequence(info.name, 2 * PAGE, 1, info)
         scheduler.add(sequence, [info])
         step = scheduler.plan()
-        names.append([key[0] for key in step.evicted])
+        names.append([key[0] for key in step.dropped])
         scheduler.commit(step, results_of(step))
     assert memory.pool.num_owned("adapter") == 2
     evicting = [evicted for evicted in names if evicted]
@@ -122,7 +129,7 @@ def test_admission_that_cannot_succeed_evicts_nothing():
     scheduler.add(make_sequence("blocked", 2, 1, wanted), [wanted])
     step = scheduler.plan()
     assert scheduler.num_waiting == 1
-    assert not step.evicted
+    assert not step.dropped
     assert memory.adapters.is_resident(idle.key)
 
 
@@ -136,22 +143,90 @@ def test_sequences_of_one_adapter_load_it_once():
     assert memory.adapters.num_pinned == 1
 
 
-def test_a_failed_load_ends_its_own_requests_only_and_gives_back_pages():
+def test_a_failed_copy_ends_its_own_requests_only_and_gives_back_pages():
     good, bad = make_info("good"), make_info("bad")
-    scheduler, memory = make_scheduler(num_pages=64)
+    scheduler, memory = make_scheduler(num_pages=64, kind=Scheduler)
     scheduler.add(make_sequence("g", 3, 2, good), [good])
     scheduler.add(make_sequence("b", 3, 2, bad), [bad])
-    step = scheduler.plan()
-    step, events = scheduler.fail_adapters(
-        step, {bad.key: ErrorInfo("broken", "adapter_error", 422)}
-    )
+    assert not scheduler.plan().chunks
+    memory.adapters.finish_load(good.key)
+    memory.adapters.fail_load(bad.key)
+    events = scheduler.fail_adapters({bad.key: ErrorInfo("broken", "adapter_error", 422)})
     assert [(e.request_id, e.finish_reason, e.error.message) for e in events] == [
         ("b", "error", "broken")
     ]
+    step = scheduler.plan()
     assert [chunk.sequence.request_id for chunk in step.chunks] == ["g"]
     assert not memory.adapters.is_resident(bad.key)
     scheduler.commit(step, results_of(step))
     scheduler.check()
+
+
+def test_others_run_while_an_adapter_is_on_its_way_into_its_pages():
+    info = make_info("slow")
+    scheduler, memory = make_scheduler(num_pages=64, kind=Scheduler)
+    scheduler.add(make_sequence("slow", 3, 2, info), [info])
+    scheduler.add(make_sequence("base", 3, 4), [])
+    for _ in range(3):
+        step = scheduler.plan()
+        assert [chunk.sequence.request_id for chunk in step.chunks] == ["base"]
+        scheduler.commit(step, results_of(step))
+        scheduler.check()
+    memory.adapters.finish_load(info.key)
+    step = scheduler.plan()
+    assert {chunk.sequence.request_id for chunk in step.chunks} == {"slow", "base"}
+
+
+class NotAtHand(EverythingAtHand):
+    """A supply that lacks some adapters and remembers which were wanted."""
+
+    def __init__(self, *absent):
+        self.absent, self.wanted = set(absent), []
+
+    def is_at_hand(self, key):
+        return key not in self.absent
+
+    def want(self, key):
+        self.wanted.append(key)
+
+
+def test_a_request_whose_adapter_is_not_at_hand_is_overtaken_and_not_forgotten():
+    info = make_info("away")
+    memory = Memory.of_pages(64, SHAPE, GEOMETRY)
+    supply = NotAtHand(info.key)
+    scheduler = InstantCopies(memory, FirstComeFirstServed(), supply, StepLimits(8, 32))
+    scheduler.add(make_sequence("away", 3, 2, info), [info])
+    scheduler.add(make_sequence("base", 3, 2), [])
+    step = scheduler.plan()
+    assert [chunk.sequence.request_id for chunk in step.chunks] == ["base"]
+    assert supply.wanted == [info.key]
+    scheduler.commit(step, results_of(step))
+    supply.absent.clear()
+    step = scheduler.plan()
+    assert {chunk.sequence.request_id for chunk in step.chunks} == {"away", "base"}
+    supply.absent.add(info.key)
+    error = ErrorInfo("gone", "store_error", 503)
+    assert scheduler.fail_waiting(info.key, error) == []
+
+
+def test_a_shared_prefix_is_computed_once():
+    memory = Memory.of_pages(64, SHAPE, GEOMETRY)
+    scheduler = InstantCopies(
+        memory, FirstComeFirstServed(), EverythingAtHand(), StepLimits(8, 512)
+    )
+    first = make_sequence("aa", 3 * PAGE + 2, 2)
+    again = make_sequence("aa", 3 * PAGE + 2, 2)
+    again.request = replace(again.request, request_id="again")
+    answers = []
+    for sequence in (first, again):
+        scheduler.add(sequence, [])
+        step = scheduler.plan()
+        answers.append(step.num_tokens)
+        (event,) = scheduler.commit(step, results_of(step))
+        answers.append(event.num_cached_tokens)
+        run(scheduler, [sequence])
+    assert answers == [3 * PAGE + 2, 0, 2, 3 * PAGE]
+    assert first.token_ids == again.token_ids
 
 
 def test_a_row_that_is_not_finite_ends_alone():

@@ -186,7 +186,7 @@ def test_a_nemo_file_gives_the_logits_of_its_peft_twin(tmp_path, layout):
     save_file(tensors, twin / WEIGHTS_FILE)
     peft_to_nemo(twin, tmp_path / "adapters" / "nemo" / "adapter.nemo", shape, layout)
     engine = make_engine(tmp_path)
-    assert engine._catalog.resolve("nemo").file_format == "nemo"
+    assert engine._catalog.resolve("nemo").info.file_format == "nemo"
     requests = [
         make_request(name or "base", name, prompt_of(3, 17), SCORED)
         for name in ("nemo", "twin", None)

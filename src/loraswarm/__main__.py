@@ -34,7 +34,10 @@ app.add_typer(adapters_app, name="adapters")
 Model = Annotated[str, typer.Argument(help="A Hugging Face directory, or a hub id.")]
 Adapters = Annotated[
     list[str] | None,
-    typer.Option(help="A directory of adapters, or one adapter's directory; may be repeated."),
+    typer.Option(
+        help="A directory or URL (s3://, gs://, hf://, http(s)://) of adapters, or of one; may be"
+        " repeated."
+    ),
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
@@ -49,6 +52,35 @@ MemoryUtilization = Annotated[
 PoolBytes = Annotated[
     str | None,
     typer.Option(help="Size of the pool of K/V and adapter pages, e.g. 4GiB [default: auto]"),
+]
+HostCacheBytes = Annotated[
+    str | None,
+    typer.Option(
+        help="Host memory for adapters that are ready to be copied to the pool, e.g. 8GiB"
+        " [default: a fifth of the free memory, at most 4GiB]"
+    ),
+]
+HostCacheDir = Annotated[
+    str | None,
+    typer.Option(help="Keep them in files of this directory, for the next start."),
+]
+RefreshInterval = Annotated[
+    float | None,
+    typer.Option(help="Seconds between scans of --adapters [default: only when asked]"),
+]
+PrefixCaching = Annotated[
+    bool,
+    typer.Option(
+        "--prefix-caching/--no-prefix-caching", help="Share K/V of prompts that begin alike."
+    ),
+]
+EvictionPolicy = Annotated[
+    str,
+    typer.Option(
+        "--eviction",
+        help="What leaves the pool first: cost (the cheapest to miss) or lru (the least recently"
+        " used).",
+    ),
 ]
 MaxNumSequences = Annotated[int, typer.Option(help="Most requests in one step.")]
 MaxStepTokens = Annotated[int, typer.Option(help="Most tokens in one step.")]
@@ -86,6 +118,11 @@ def serve(
     max_model_len: MaxModelLen = None,
     memory_utilization: MemoryUtilization = 0.9,
     pool_bytes: PoolBytes = None,
+    host_cache_bytes: HostCacheBytes = None,
+    host_cache_dir: HostCacheDir = None,
+    refresh_interval: RefreshInterval = None,
+    prefix_caching: PrefixCaching = True,
+    eviction: EvictionPolicy = "cost",
     max_num_sequences: MaxNumSequences = 128,
     max_step_tokens: MaxStepTokens = 512,
     num_threads: NumThreads = None,
@@ -103,6 +140,11 @@ def serve(
         max_model_len=max_model_len,
         memory_utilization=memory_utilization,
         pool_bytes=parse_bytes("--pool-bytes", pool_bytes),
+        host_cache_bytes=parse_bytes("--host-cache-bytes", host_cache_bytes),
+        host_cache_dir=host_cache_dir,
+        refresh_interval_s=refresh_interval,
+        prefix_caching=prefix_caching,
+        eviction=eviction,
         max_num_sequences=max_num_sequences,
         max_step_tokens=max_step_tokens,
         num_threads=num_threads,

@@ -14,13 +14,31 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 
 from loraswarm.config import EngineConfig
+from loraswarm.core.admin import (
+    AdapterState,
+    AdminCommand,
+    AdminResult,
+    LoadAdapter,
+    PinAdapter,
+    PrefetchAdapter,
+    RescanAdapters,
+    ScanReport,
+    UnloadAdapter,
+    UnpinAdapter,
+)
 from loraswarm.core.client import EngineInfo
-from loraswarm.core.events import FinishReason, SequenceEvent, TokenLogprob
+from loraswarm.core.events import (
+    ErrorInfo,
+    FinishReason,
+    ReportedError,
+    SequenceEvent,
+    TokenLogprob,
+)
 from loraswarm.core.request import Request, SamplingParams
 from loraswarm.engine.engine import Engine
 from loraswarm.engine.setup import build_engine
@@ -29,6 +47,7 @@ from loraswarm.text.generation import TextDelta, TextStream
 from loraswarm.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+ADMINISTRATION_POLL_S = 0.2
 Prompt = str | Seq[int]
 AdapterChoice = str | Mapping[str, float] | Seq[tuple[str, float]] | None
 Message = dict[str, Any]
@@ -73,7 +92,8 @@ class LLM:
         outputs = llm.generate(["How many open tickets?"], adapter="sql")
 
     Takes the options of `loraswarm serve` by the names of EngineConfig's fields; `adapters` may be
-    one path or several. Not safe from several threads.
+    one path or several. Not safe from several threads. What it holds is freed by `close`, at the
+    end of a `with` block, or when it is forgotten.
 
     Raises   ConfigError for an option or a model that cannot work.
     """
@@ -90,12 +110,57 @@ class LLM:
         self._engine: Engine = build_engine(config, report) if report else build_engine(config)
         self.tokenizer = Tokenizer.load(self._engine.info.model_path)
         self._ids = itertools.count()
+        self._command_ids = itertools.count()
         self._inboxes: dict[str, deque[SequenceEvent]] = {}
 
     @property
     def info(self) -> EngineInfo:
         """What is served: names, limits, sizes."""
         return self._engine.info
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what runs beside; safe to call twice."""
+        self._engine.close()
+
+    def adapters(self) -> tuple[AdapterState, ...]:
+        """Every adapter that is known, sorted by name: where it is, and why it is not served."""
+        return self._engine.adapter_states()
+
+    def load_adapter(self, name: str, path: str, in_place: bool = False) -> AdapterState:
+        """Serve what is at `path`, within the directories and URLs of `adapters`, as `name`.
+
+        Raises   InvalidRequest if the name is served already, unless `in_place`; ForbiddenPath,
+                 PathNotFound, AdapterError, StoreError.
+        """
+        return self._change(LoadAdapter(name, path, in_place))
+
+    def unload_adapter(self, name: str) -> AdapterState:
+        """Serve `name` no more and free its memory. Raises UnknownAdapter."""
+        return self._change(UnloadAdapter(name))
+
+    def pin_adapter(self, name: str) -> AdapterState:
+        """Bring `name` to the device and keep it there until `unpin_adapter`."""
+        return self._change(PinAdapter(name))
+
+    def unpin_adapter(self, name: str) -> AdapterState:
+        """Let `name` leave the device again."""
+        return self._change(UnpinAdapter(name))
+
+    def prefetch_adapter(self, name: str) -> AdapterState:
+        """Bring `name` to host memory, and to the device if there are free pages."""
+        return self._change(PrefetchAdapter(name))
+
+    def rescan_adapters(self) -> ScanReport:
+        """Look at every directory and URL of `adapters` now."""
+        report = self._administer(RescanAdapters())
+        assert isinstance(report, ScanReport)
+        return report
 
     def generate(
         self,
@@ -109,7 +174,8 @@ class LLM:
         `params` and `adapter` are one for all prompts or one for each. An adapter is a name, a map
         from names to weights or a list of (name, weight) pairs (the weighted sum of their updates),
         or None for the base.
-        Raises   InvalidRequest, UnknownAdapter or AdapterError before anything runs.
+        Raises   InvalidRequest, UnknownAdapter or AdapterError before anything runs; what is only
+                 found when an adapter is read ends its own prompts, with `error` in their output.
         """
         items = _as_prompts(prompts)
         all_params = _spread("params", params or SamplingParams(), len(items), SamplingParams)
@@ -152,6 +218,25 @@ class LLM:
                     return
         finally:
             self._close(request.request_id)
+
+    def _change(self, command: AdminCommand) -> AdapterState:
+        state = self._administer(command)
+        assert isinstance(state, AdapterState)
+        return state
+
+    def _administer(self, command: AdminCommand) -> AdminResult:
+        """Carry out a command, advancing open requests meanwhile."""
+        command_id = next(self._command_ids)
+        self._engine.begin_command(command_id, command)
+        while True:
+            for answer in self._engine.take_answers():
+                if answer.command_id == command_id and isinstance(answer.result, ErrorInfo):
+                    raise ReportedError(answer.result)
+                if answer.command_id == command_id:
+                    return answer.result
+            if not self._engine.has_work:
+                self._engine.wait(ADMINISTRATION_POLL_S)
+            self._advance(may_wait=False)
 
     def _request(self, prompt: Prompt, params: SamplingParams, adapter: AdapterChoice) -> Request:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -205,9 +290,9 @@ class LLM:
         self._engine.add(request)
         return self._inboxes.setdefault(request.request_id, deque())
 
-    def _advance(self) -> None:
+    def _advance(self, may_wait: bool = True) -> None:
         """One step of the engine; every open request finds its events in its inbox."""
-        for event in self._engine.step():
+        for event in self._engine.step(may_wait):
             self._inboxes[event.request_id].append(event)
 
     def _close(self, request_id: str) -> None:

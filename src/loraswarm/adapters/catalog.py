@@ -1,235 +1,390 @@
-"""Which adapter names may be asked for, and why the others may not. No torch.
+"""Which adapter names may be asked for, which content each stands for, and why the others may not.
 
-Owns the map from names to described adapters, and the rule by which a directory holds adapters; one
-bad directory never hides the good ones. Knows nothing of weights or memory. Built at start, asked
-by the engine and by listings; the rule also by the commands.
+Owns the map from names to generations: a change of content under a name is a new one. Knows
+nothing of weights or memory, and reads no file: what was found comes from adapters/scanner, what
+was described from whoever did it. Held by the engine. No torch.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from loraswarm.adapters.adapter import AdapterInfo
-from loraswarm.adapters.config_keys import CONFIG_FILE
-from loraswarm.adapters.reading import read_adapter_info
-from loraswarm.adapters.source import NEMO_SUFFIX, PEFT_FILES
-from loraswarm.core.base_shape import BaseShape
+from loraswarm.adapters.generations import Generations
+from loraswarm.adapters.stores import Found, ScanChange, name_problem, printable
+from loraswarm.adapters.unserved import (
+    Refusal,
+    Unserved,
+    log_refusal,
+    shadow_refusal,
+    unserved_summary,
+)
+from loraswarm.core.admin import ScanReport
 from loraswarm.core.client import AdapterSummary
-from loraswarm.errors import AdapterError, ConfigError, UnknownAdapter
+from loraswarm.core.sequence import AdapterKey
+from loraswarm.errors import AdapterError, InvalidRequest, Overloaded, UnknownAdapter
 
-_logger = logging.getLogger(__name__)
+MAX_INFOS = 2048
+State = Literal["served", "pending", "refused", "unloaded"]
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """A directory that is not served, and why."""
+class Entry:
+    """One generation of a name. `info` is None while it is not described."""
 
     name: str
-    path: Path
-    reason: str
+    location: str
+    stamp: str
+    generation: int
+    info: AdapterInfo | None
+
+    @property
+    def key(self) -> AdapterKey:
+        assert self.info is not None, f"{self.name!r} is not described"
+        return self.info.key
+
+
+@dataclass(slots=True)
+class _Row:
+    """A name. `summary` outlives `entry.info`, which may be forgotten."""
+
+    entry: Entry
+    summary: AdapterSummary
+    found: Found
+
+    def is_of(self, found: Found) -> bool:
+        """Whether it was made of these very files."""
+        held = self.found
+        return (held.location, held.stamp) == (found.location, found.stamp)
 
 
 class Catalog:
-    """The adapters that `adapter_paths` finds under some roots, in the state of the last `scan`.
+    """Names, each with the generation that new requests get.
 
-    The name of its directory is the adapter's. The first directory of a name owns it, be it served
-    or refused.
+    Descriptions are kept for at most MAX_INFOS names, those least recently asked for go first; what
+    listings show of them stays.
     """
 
-    def __init__(
-        self, roots: Sequence[str], shape: BaseShape, model_name: str | None = None
-    ) -> None:
+    def __init__(self, model_name: str | None = None) -> None:
         """`model_name` is the id of the base model, which no adapter may take."""
-        self._roots = tuple(roots)
-        self._shape = shape
         self._model_name = model_name
-        self._served: dict[str, AdapterInfo] = {}
-        self._refused: tuple[Refusal, ...] = ()
+        self._rows: dict[str, _Row] = {}
+        self._pending: dict[str, Found] = {}
+        self._unserved = Unserved()
+        self._generations = Generations()
+        self._described: dict[str, None] = {}
+        self._touched: set[str] = set()
 
     @property
     def served(self) -> Mapping[str, AdapterInfo]:
-        """Adapters that can be asked for, by name, as of the last scan."""
-        return MappingProxyType(self._served)
+        """What is described and can be asked for, by name."""
+        entries = {name: self._rows[name].entry for name in sorted(self._described)}
+        return MappingProxyType(
+            {name: entry.info for name, entry in entries.items() if entry.info is not None}
+        )
 
     @property
-    def refused(self) -> tuple[Refusal, ...]:
-        """Directories that are not served, in the order they were found."""
-        return self._refused
+    def refusals(self) -> tuple[Refusal, ...]:
+        """What is there and not served, sorted by name."""
+        refusals = [
+            Refusal(name, Path(row.entry.location), row.summary.refusal)
+            for name, row in self._rows.items()
+            if row.summary.refusal is not None
+        ]
+        refusals += [shadow_refusal(found) for found in self._unserved]
+        return tuple(sorted(refusals, key=lambda refusal: (refusal.name, refusal.path)))
 
-    def scan(self, is_logged: bool = True) -> None:
-        """Read every root again; what was served before is replaced.
+    @property
+    def pending(self) -> Mapping[str, Found]:
+        """What is still being written, by name; the generation before may be served meanwhile."""
+        return MappingProxyType(self._pending)
 
-        Whatever describing an adapter raises refuses that adapter alone. `is_logged` is about the
-        refusals and the totals.
+    def apply(self, change: ScanChange) -> ScanReport:
+        """Enter what a scan has found. What is there already stays as it is."""
+        before = self._rows.copy()
+        touched = {found.name for found in (*change.found, *change.removed)}
+        for found in change.removed:
+            self._leave(found)
+        if change.is_first and not change.failures:
+            touched |= self._leave_absent(change)
+        for found in sorted(change.found, key=lambda found: found.shadowed_by is not None):
+            self._enter(found)
+        self._pending = {found.name: found for found in change.pending}
+        both = {name for name in touched if name in before and name in self._rows}
+        return ScanReport(
+            added=tuple(sorted(name for name in touched - both if name in self._rows)),
+            changed=tuple(sorted(n for n in both if before[n] is not self._rows[n])),
+            removed=tuple(sorted(name for name in touched - both if name in before)),
+            pending=tuple(sorted(self._pending)),
+            failures=change.failures,
+            elapsed_s=change.elapsed_s,
+        )
 
-        Cost      the headers of all adapters, no weights.
-        Raises    ConfigError if a root is not a readable directory; the catalog is then unchanged.
+    def check_free(self, name: str, in_place: bool) -> None:
+        """Raise InvalidRequest if an operator may not load an adapter as `name`."""
+        problem = name_problem(name, "lora_name")
+        if problem is not None:
+            raise InvalidRequest(problem, "lora_name")
+        if name == self._model_name:
+            raise InvalidRequest(
+                f"{name!r} is the name of the base model; choose another lora_name", "lora_name"
+            )
+        row = self._rows.get(name)
+        if row is not None and row.summary.refusal is None and not in_place:
+            raise InvalidRequest(
+                f"The lora adapter '{name}' has already been loaded. If you want to load the"
+                " adapter in place, set 'load_inplace' to True.",
+                "lora_name",
+            )
+
+    def register(self, found: Found, in_place: bool) -> Entry:
+        """Serve what a request has named; a name that is served gets a new generation.
+
+        Raises    InvalidRequest as `check_free`; AdapterError if its kind cannot be served.
         """
-        start_s = time.perf_counter()
-        served: dict[str, AdapterInfo] = {}
-        refused: list[Refusal] = []
-        owners: dict[str, Path] = {}
-        for path in self._paths():
-            name = printable(path.name)
-            try:
-                check_entry(path)
-                self._check_owner(name, owners)
-                served[name] = read_adapter_info(path, name, self._shape)
-            except Exception as error:  # whatever is in a file, it must harm its own adapter only
-                refused.append(Refusal(name, path, refusal_reason(name, error)))
-            owners.setdefault(name, path)
-        self._served, self._refused = served, tuple(refused)
-        if is_logged:
-            self._log((time.perf_counter() - start_s) * 1e3)
+        self.check_free(found.name, in_place)
+        if found.problem is not None:
+            raise AdapterError(found.problem)
+        row = self._rows.get(found.name)
+        served = None if row is None else row.found
+        unloaded = self._unserved.unloaded_at(found.name, found.location)
+        was_shadowed = self._unserved.unshadow(found)
+        is_scanned = not was_shadowed and any(
+            known.location == found.location and not known.is_by_request
+            for known in (served, unloaded)
+            if known is not None
+        )
+        entry = self._put(replace(found, is_by_request=not is_scanned))
+        if served and not served.is_by_request and served.location != found.location:
+            self._unserved.shadow(served, found.location)
+        return entry
 
-    def resolve(self, name: str) -> AdapterInfo:
-        """The adapter of that name.
+    def remove(self, name: str) -> Entry:
+        """Serve `name` no more. A scan brings it back only if its files have changed since.
 
-        Raises    AdapterError with the reason if it is there but refused; UnknownAdapter, listing
-                  the served ones, if it is not there.
+        Raises    UnknownAdapter.
         """
-        info = self._served.get(name)
-        if info is not None:
-            return info
-        for refusal in self._refused:
-            if refusal.name == name:
-                raise AdapterError(refusal.reason)
-        raise UnknownAdapter(name, self._served)
+        row = self._rows.get(name)
+        if row is None:
+            raise UnknownAdapter(name, self._served_names())
+        self._drop(name)
+        self._unserved.unload(row.found)
+        return row.entry
+
+    def resolve(self, name: str) -> Entry:
+        """The generation that a new request for `name` gets.
+
+        Raises    AdapterError with the reason if it is refused; Overloaded if it is still being
+                  written; UnknownAdapter, listing the served ones, if it is not there.
+        """
+        row = self._rows.get(name)
+        is_served = row is not None and row.summary.refusal is None
+        if not is_served and name in self._pending:
+            raise Overloaded(f"adapter {name!r} is still being written; try again in a moment")
+        if row is None:
+            raise UnknownAdapter(name, self._served_names())
+        if row.summary.refusal is not None:
+            raise AdapterError(row.summary.refusal)
+        if name in self._described:
+            self._described[name] = self._described.pop(name)
+        return row.entry
+
+    def learned(self, entry: Entry, info: AdapterInfo) -> Entry:
+        """Enter what files turned out to be; returns the entry with its `info`.
+
+        Another digest than before is a new generation: files have changed since they were found.
+        If the name has moved on, nothing changes.
+        """
+        row = self._row_of(entry)
+        if row is None:
+            return replace(entry, info=info)
+        is_new = row.summary.digest not in ("", info.digest)
+        generation = self._generations.next(entry.name) if is_new else entry.generation
+        row.entry = replace(entry, generation=generation, info=info)
+        row.summary = _summary(row.entry, info)
+        self._touched.add(entry.name)
+        self._described.pop(entry.name, None)
+        self._described[entry.name] = None
+        self._forget_infos()
+        return row.entry
+
+    def refused(self, entry: Entry, reason: str) -> None:
+        """That content cannot be served; no-op if the name has moved on."""
+        row = self._row_of(entry)
+        if row is not None:
+            self._refuse(row, reason)
+
+    def surveyed(self, found: Found, row: AdapterSummary | str) -> None:
+        """Enter what a survey says for listings, or why it refuses; no-op for what is known."""
+        known = self._rows.get(found.name)
+        if known is None or not known.is_of(found) or not _is_undescribed(known):
+            return
+        if isinstance(row, str):
+            self._refuse(known, row)
+            return
+        entry = known.entry
+        known.summary = replace(row, path=known.summary.path, generation=entry.generation)
+        self._touched.add(found.name)
+
+    def entry_named(self, name: str) -> Entry | None:
+        """The generation that `name` stands for; None if it is not served."""
+        row = self._rows.get(name)
+        return None if row is None or row.summary.refusal is not None else row.entry
+
+    def entry_of(self, key: AdapterKey) -> Entry | None:
+        """The generation of that content, if new requests get it."""
+        row = self._rows.get(key[0])
+        return row.entry if row is not None and row.summary.digest == key[1] else None
+
+    def is_current(self, key: AdapterKey) -> bool:
+        """Whether new requests for the name get that content."""
+        return self.entry_of(key) is not None
+
+    def undescribed(self) -> list[Entry]:
+        """What nobody has looked into yet."""
+        return [row.entry for row in self._rows.values() if _is_undescribed(row)]
+
+    def summary(self, name: str) -> AdapterSummary:
+        """A row of `summaries`. Raises UnknownAdapter."""
+        row = self._rows.get(name)
+        if row is not None:
+            return row.summary
+        if name in self._pending:
+            return unserved_summary(self._pending[name], "it is still being written")
+        unloaded = self._unserved.last_unloaded(name)
+        if unloaded is None:
+            raise UnknownAdapter(name, self._served_names())
+        return unserved_summary(unloaded, "it was unloaded")
 
     def summaries(self) -> tuple[AdapterSummary, ...]:
-        """Served and refused adapters, sorted by name."""
-        rows = [_summary(info) for info in self._served.values()]
-        rows += [
-            AdapterSummary(
-                name=refusal.name, path=printable(str(refusal.path)), refusal=refusal.reason
-            )
-            for refusal in self._refused
+        """Every name: served, refused, still being written, or unloaded but there; sorted."""
+        names = {*self._rows, *self._pending, *self._unserved.unloaded_names()}
+        return tuple(self.summary(name) for name in sorted(names))
+
+    def state_of(self, name: str) -> tuple[State, str | None]:
+        """Whether `name` can be asked for, and what is to be said about it.
+
+        Raises    UnknownAdapter.
+        """
+        summary = self.summary(name)
+        if name not in self._rows:
+            return ("pending" if name in self._pending else "unloaded"), summary.refusal
+        if summary.refusal is not None:
+            return "refused", summary.refusal
+        shadows = self._unserved.shadows_of(name)
+        notes = [f"{printable(found.location)!r} has its name too" for found in shadows]
+        if name in self._pending:
+            notes.append("its files are being replaced")
+        return "served", "; ".join(notes) or None
+
+    def take_changes(self) -> tuple[dict[str, AdapterSummary], tuple[str, ...]]:
+        """Rows that are new or changed since last asked, and names that are gone."""
+        touched, self._touched = self._touched, set()
+        changed = {name: self._rows[name].summary for name in touched if name in self._rows}
+        return changed, tuple(sorted(touched - changed.keys()))
+
+    def _enter(self, found: Found) -> None:
+        if found.shadowed_by is not None:
+            self._unserved.shadow(found, found.shadowed_by)
+            return
+        row = self._rows.get(found.name)
+        is_elsewhere = row is not None and row.found.location != found.location
+        if found.is_by_request and (row is None or is_elsewhere):
+            return  # it was unloaded or replaced while the scan ran
+        if row is not None and is_elsewhere and row.found.is_by_request:
+            self._unserved.shadow(found, row.found.location)
+            return
+        self._unserved.unshadow(found)
+        if row is not None and row.is_of(found) and row.found.problem == found.problem:
+            row.found = found
+        elif row is not None or not self._unserved.was_unloaded(found):
+            self._put(found)
+
+    def _leave(self, found: Found) -> None:
+        self._unserved.leave(found)
+        row = self._rows.get(found.name)
+        # With another stamp it was loaded by name while the scan ran.
+        if row is not None and row.is_of(found):
+            self._drop(found.name)
+
+    def _leave_absent(self, change: ScanChange) -> set[str]:
+        """Remove what a scan of everything did not find; returns the names."""
+        there = {(found.name, found.location) for found in (*change.found, *change.pending)}
+        known = (row.found for row in self._rows.values() if not row.found.is_by_request)
+        absent = [
+            found
+            for found in (*known, *self._unserved)
+            if (found.name, found.location) not in there
         ]
-        return tuple(sorted(rows, key=lambda row: (row.name, row.path)))
+        for found in absent:
+            self._leave(found)
+        return {found.name for found in absent}
 
-    def _paths(self) -> Iterator[Path]:
-        for root in self._roots:
-            try:
-                yield from adapter_paths(root)
-            except ConfigError as error:
-                raise ConfigError(f"--adapters {error}") from error
-
-    def _check_owner(self, name: str, owners: Mapping[str, Path]) -> None:
+    def _put(self, found: Found) -> Entry:
+        """Make a new generation; what cannot be served is none."""
+        name = found.name
+        step = self._generations.last if found.problem is not None else self._generations.next
+        self._drop(name)
+        self._unserved.reload(name)
+        entry = Entry(name, found.location, found.stamp, step(name), None)
+        row = self._rows[name] = _Row(entry, _undescribed_summary(entry), found)
         if name == self._model_name:
-            raise AdapterError(
+            self._refuse(
+                row,
                 f"adapter {name!r} has the name of the base model; rename one of them"
-                " (--served-model-name)"
+                " (--served-model-name)",
             )
-        if name in owners:
-            raise AdapterError(
-                f"adapter {name!r} is already named by {str(owners[name])!r}; rename one of them"
-            )
+        elif found.problem is not None:
+            self._refuse(row, found.problem)
+        return entry
 
-    def _log(self, elapsed_ms: float) -> None:
-        for refusal in self._refused:
-            _logger.warning(
-                "adapter refused name=%r path=%r reason=%r",
-                refusal.name,
-                printable(str(refusal.path)),
-                refusal.reason,
-            )
-        _logger.info(
-            "adapters scanned served=%d refused=%d elapsed_ms=%.1f",
-            len(self._served),
-            len(self._refused),
-            elapsed_ms,
-        )
+    def _drop(self, name: str) -> None:
+        self._rows.pop(name, None)
+        self._described.pop(name, None)
+        self._touched.add(name)
 
+    def _refuse(self, row: _Row, reason: str) -> None:
+        row.entry = replace(row.entry, info=None)
+        row.summary = replace(_undescribed_summary(row.entry), refusal=reason)
+        self._described.pop(row.entry.name, None)
+        self._touched.add(row.entry.name)
+        log_refusal(row.entry.name, row.entry.location, reason)
 
-def adapter_paths(root: str) -> list[Path]:
-    """Where the adapters of directory `root` are: absolute paths, sorted by name.
+    def _row_of(self, entry: Entry) -> _Row | None:
+        """The row of an entry that is still its name's."""
+        row = self._rows.get(entry.name)
+        if row is None:
+            return None
+        of_row, of_entry = replace(row.entry, info=None), replace(entry, info=None)
+        return row if of_row == of_entry else None
 
-    A root holds one directory per adapter. Hidden ones and plain files are passed over, except
-    .nemo files, which need a directory each: `check_entry` refuses them. A root that holds
-    adapter_config.json is itself one adapter; so is one without directories that holds one .nemo
-    file or weights.
+    def _forget_infos(self) -> None:
+        while len(self._described) > MAX_INFOS:
+            oldest = next(iter(self._described))
+            del self._described[oldest]
+            self._rows[oldest].entry = replace(self._rows[oldest].entry, info=None)
 
-    Raises    ConfigError if `root` is not a readable directory.
-    """
-    path = Path(os.path.abspath(root))
-    try:
-        names, found = _candidates(path)
-    except (FileNotFoundError, ValueError):  # ValueError: no file has such a name
-        problem = "does not exist"
-    except NotADirectoryError:
-        problem = "is not a directory"
-    except OSError as error:
-        problem = f"cannot be read: {error.strerror or error}"
-    else:
-        is_nemo = len(found) == 1 and _is_nemo_file(found[0])
-        has_weights = not found and not names.isdisjoint(PEFT_FILES)
-        return [path] if CONFIG_FILE in names or is_nemo or has_weights else found
-    raise ConfigError(f"{root!r} {problem}; give a directory that holds one directory per adapter")
+    def _served_names(self) -> Iterable[str]:
+        return (name for name, row in self._rows.items() if row.summary.refusal is None)
 
 
-def check_entry(path: Path) -> None:
-    """Raise AdapterError if the name or the kind of what `adapter_paths` found cannot be served."""
-    name = path.name
-    if printable(name) != name or name != name.strip() or not name:
-        raise AdapterError(
-            f"the directory name {name!r} cannot be a model id: it is empty, has"
-            " unprintable characters, or begins or ends with a space; rename it"
-        )
-    if _is_nemo_file(path):
-        raise AdapterError(
-            f"{name!r} lies beside other adapters; move it into a directory of its own, which"
-            " gives the adapter its name"
-        )
-    if os.path.islink(path) and not os.path.exists(path):
-        raise AdapterError(f"adapter {name!r} is a broken symbolic link")
+def _is_undescribed(row: _Row) -> bool:
+    return row.summary.digest == "" and row.summary.refusal is None
 
 
-def refusal_reason(name: str, error: Exception) -> str:
-    """Why adapter `name` is refused if reading it raised `error`; a bug of ours goes to the log."""
-    if isinstance(error, AdapterError):
-        return str(error)
-    _logger.error("adapter not described name=%r", name, exc_info=error)
-    return f"adapter {name!r} could not be read: {type(error).__name__} (see the log)"
-
-
-def printable(text: str) -> str:
-    """`text`, or its escaped form if a listing could not show it."""
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
-def _is_nemo_file(path: Path) -> bool:
-    return path.name.endswith(NEMO_SUFFIX) and os.path.isfile(path)
-
-
-def _candidates(root: Path) -> tuple[set[str], list[Path]]:
-    """All names in `root`, and what may be an adapter there, sorted: directories, links that are
-    no files, .nemo files.
-
-    A link that leads nowhere is among them, so that it is reported instead of being overlooked.
-    """
-    with os.scandir(root) as entries:
-        items = sorted(entries, key=lambda entry: entry.name)
-    found = []
-    for item in items:
-        is_link = item.is_symlink()
-        is_file = os.path.isfile(item) if is_link else item.is_file()
-        is_directory = not is_file if is_link else item.is_dir()
-        is_nemo = is_file and item.name.endswith(NEMO_SUFFIX)
-        if (is_directory or is_nemo) and not item.name.startswith("."):
-            found.append(root / item.name)
-    return {item.name for item in items}, found
-
-
-def _summary(info: AdapterInfo) -> AdapterSummary:
+def _undescribed_summary(entry: Entry) -> AdapterSummary:
     return AdapterSummary(
-        name=info.name,
-        path=printable(str(info.path)),
+        name=entry.name, path=printable(entry.location), generation=entry.generation
+    )
+
+
+def _summary(entry: Entry, info: AdapterInfo) -> AdapterSummary:
+    return replace(
+        _undescribed_summary(entry),
         method=info.method,
         max_rank=info.max_rank,
         num_bytes=info.num_bytes,

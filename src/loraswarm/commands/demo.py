@@ -7,7 +7,7 @@ import socket
 import sys
 
 from loraswarm.config import EngineConfig, ServerConfig
-from loraswarm.core.client import EngineClient
+from loraswarm.core.client import EngineClient, served_names
 from loraswarm.demo import adapters_path, base_path
 from loraswarm.demo.showcase import ask_all, table
 from loraswarm.engine.child_client import ChildEngineClient
@@ -70,7 +70,7 @@ async def _first_of(serving: asyncio.Task[int], ready: asyncio.Task[bool]) -> No
 
 
 async def _showcase(client: EngineClient, url: str) -> str:
-    return table(await ask_all(url, [client.info.model, *client.info.served_adapters()]))
+    return table(await ask_all(url, [client.info.model, *served_names(client.adapters)]))
 
 
 def _report(line: str) -> None:

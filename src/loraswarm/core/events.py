@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from loraswarm.errors import LoRASwarmError
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -31,6 +33,25 @@ class ErrorInfo:
     error_type: str
     http_status: int
     param: str | None = None
+
+    @classmethod
+    def of(cls, error: LoRASwarmError) -> ErrorInfo:
+        """`error` as plain data."""
+        if isinstance(error, ReportedError):
+            return error.info
+        param = getattr(error, "param", None)
+        return cls(str(error), error.error_type, error.http_status, param)
+
+
+class ReportedError(LoRASwarmError):
+    """An error that came as data."""
+
+    def __init__(self, info: ErrorInfo) -> None:
+        super().__init__(info.message)
+        self.info = info
+        self.http_status = info.http_status
+        self.error_type = info.error_type
+        self.param = info.param
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,10 @@ class Sequence:
     Tokens from `first_adapted` on are computed with the adapters of `mix`, those before it with the
     base alone (activated LoRA). `num_computed` tokens have their K and V in pages; preemption sets
     it back to 0 and keeps the tokens. `seed` is fixed at arrival, so the token drawn at a position
-    depends on nothing else. `max_tokens` is the request's limit, or what the context leaves when
-    the request set none.
+    depends on nothing else. `order` is the request's place in the line of arrival, which was at
+    `arrived_s` of the engine's clock. When the sequence first started, `num_cached` tokens of the
+    prompt had K and V already and `queue_s` seconds had passed; None before. `max_tokens` is the
+    request's limit, or what the context leaves when the request set none.
 
         token_ids   | prompt ............... | generated ...... |
                     | num_computed ->  | next chunk or decode   |
@@ -35,8 +37,12 @@ class Sequence:
     max_tokens: int
     end_token_ids: frozenset[int]
     first_adapted: int = 0
+    order: int = 0
+    arrived_s: float = 0.0
     token_ids: list[int] = field(init=False)
     num_computed: int = 0
+    num_cached: int = 0
+    queue_s: float | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +22,12 @@ from loraswarm.core.request import Request
 from loraswarm.engine.engine import Engine
 from loraswarm.engine.messages import (
     Abort,
+    AdaptersReply,
+    Administer,
+    AnswerReply,
+    AskAdapters,
     AskStats,
+    CatalogChange,
     Command,
     Events,
     Failed,
@@ -38,7 +44,7 @@ from loraswarm.engine.messages import (
     replies_address,
 )
 from loraswarm.engine.setup import build_engine
-from loraswarm.errors import EngineError, InvalidRequest, LoRASwarmError
+from loraswarm.errors import EngineError, LoRASwarmError
 
 log = logging.getLogger(__name__)
 
@@ -66,27 +72,41 @@ class ChildEngine:
     def run(self) -> int:
         """Start, serve until told to stop; returns the exit code."""
         try:
-            command = self._receive(wait=True)
+            command = self._receive(None)
             assert isinstance(command, Start), command
-            engine = build_engine(command.config, lambda line: self._send(Progress(line)))
+            engine = build_engine(
+                command.config, lambda line: self._send(Progress(line)), has_loader_process=True
+            )
+            self._send_catalog(engine)
             self._send(Ready(engine.info))
-            self._serve(engine)
+            try:
+                self._serve(engine)
+            finally:
+                engine.close()
         except ParentGone:
             return 0
         except LoRASwarmError as error:
-            self._send(Failed(_error_info(error)))
+            self._send(Failed(ErrorInfo.of(error)))
             return 1
         except Exception as error:
             traceback.print_exc()
-            self._send(Failed(_error_info(EngineError(f"engine failed: {error!r}"))))
+            self._send(Failed(ErrorInfo.of(EngineError(f"engine failed: {error!r}"))))
             return 1
 
     def _serve(self, engine: Engine) -> NoReturn:
+        for number in engine.filenos():
+            self._poller.register(number, zmq.POLLIN)
         while True:
-            while command := self._receive(wait=not engine.has_work):
+            timeout_s = _idle_s(engine)
+            while command := self._receive(timeout_s):
                 self._handle(engine, command)
-            if engine.has_work and (events := engine.step()):
+                timeout_s = 0.0
+            if events := engine.step(may_wait=False):
                 self._send(Events(events))
+            for answer in engine.take_answers():
+                self._send_catalog(engine)
+                self._send(AnswerReply.of(answer.command_id, answer.result))
+            self._send_catalog(engine)
 
     def _handle(self, engine: Engine, command: Command) -> None:
         if isinstance(command, Submit):
@@ -99,23 +119,40 @@ class ChildEngine:
             if not engine.has_work:
                 engine.check()  # too slow to do beside running requests
             self._send(StatsReply(engine.stats()))
+        elif isinstance(command, AskAdapters):
+            self._send(AdaptersReply(engine.adapter_states()))
+        elif isinstance(command, Administer):
+            engine.begin_command(command.command_id, command.command())
         elif isinstance(command, Stop):
             self._send(Events(engine.abort_all()))
             raise ParentGone
         else:
             raise AssertionError(f"unexpected command {command}")
 
-    def _receive(self, wait: bool) -> Command | None:
-        """The next command; without `wait`, None if there is none now."""
-        ready = dict(self._poller.poll(None if wait else 0))
+    def _receive(self, timeout_s: float | None) -> Command | None:
+        """The next command; None if none came in so many seconds, or there is news."""
+        ready = dict(self._poller.poll(None if timeout_s is None else int(timeout_s * 1e3)))
         if sys.stdin.fileno() in ready and not os.read(sys.stdin.fileno(), 1024):
             raise ParentGone
         if self._commands in ready:
             return decode_command(self._commands.recv())
         return None
 
+    def _send_catalog(self, engine: Engine) -> None:
+        changed, removed = engine.take_catalog_changes()
+        if changed or removed:
+            self._send(CatalogChange(changed, removed))
+
     def _send(self, reply: Reply) -> None:
         self._replies.send(encode(reply))
+
+
+def _idle_s(engine: Engine) -> float | None:
+    """How long nothing is to be done unless a command or news come; None: for ever."""
+    if engine.has_work and not engine.is_blocked:
+        return 0.0
+    due_s = engine.next_due_s()
+    return None if due_s is None else max(0.0, due_s - time.monotonic())
 
 
 def _try_add(engine: Engine, request: Request) -> SequenceEvent | None:
@@ -124,14 +161,9 @@ def _try_add(engine: Engine, request: Request) -> SequenceEvent | None:
         engine.add(request)
     except LoRASwarmError as error:
         return SequenceEvent(
-            request_id=request.request_id, finish_reason="error", error=_error_info(error)
+            request_id=request.request_id, finish_reason="error", error=ErrorInfo.of(error)
         )
     return None
-
-
-def _error_info(error: LoRASwarmError) -> ErrorInfo:
-    param = error.param if isinstance(error, InvalidRequest) else None
-    return ErrorInfo(str(error), error.error_type, error.http_status, param)
 
 
 def main() -> None:

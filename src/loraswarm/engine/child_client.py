@@ -7,24 +7,33 @@ dies: every open request then gets a terminal error event. Implements core.clien
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import zmq
 import zmq.asyncio
 
 from loraswarm.config import EngineConfig
-from loraswarm.core.client import EngineInfo, EngineStats
-from loraswarm.core.events import ErrorInfo, SequenceEvent
+from loraswarm.core.admin import AdapterState, AdminCommand, AdminResult
+from loraswarm.core.client import AdapterSummary, EngineInfo, EngineStats
+from loraswarm.core.events import ErrorInfo, ReportedError, SequenceEvent
 from loraswarm.core.request import Request
 from loraswarm.engine.messages import (
     Abort,
+    AdaptersReply,
+    Administer,
+    AnswerReply,
+    AskAdapters,
     AskStats,
+    CatalogChange,
     Command,
     Events,
     Failed,
@@ -68,6 +77,10 @@ class ChildEngineClient:
         self._info: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
         self._queues: dict[str, asyncio.Queue[SequenceEvent]] = {}
         self._stats: list[asyncio.Future[EngineStats]] = []
+        self._states: list[asyncio.Future[tuple[AdapterState, ...]]] = []
+        self._commands_open: dict[int, asyncio.Future[AdminResult]] = {}
+        self._command_ids = itertools.count()
+        self._adapters: dict[str, AdapterSummary] = {}
         self._closed = asyncio.Event()
         self._failure: ErrorInfo | None = None
         self._report: Report = log.info
@@ -114,6 +127,11 @@ class ChildEngineClient:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def adapters(self) -> Mapping[str, AdapterSummary]:
+        """See `EngineClient`."""
+        return MappingProxyType(self._adapters)
+
     async def generate(self, request: Request) -> AsyncGenerator[SequenceEvent, None]:
         """Submit and yield events until the terminal one; closing early aborts the request."""
         if request.request_id in self._queues:
@@ -137,11 +155,24 @@ class ChildEngineClient:
 
     async def stats(self) -> EngineStats:
         """Counts at the engine's next free moment. Raises EngineError if it is gone."""
-        if not self.is_alive:
-            raise EngineError(self._death().message)
-        future: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[EngineStats] = self._future()
         self._stats.append(future)
         self._send(AskStats())
+        return await future
+
+    async def adapter_states(self) -> tuple[AdapterState, ...]:
+        """See `EngineClient`. Raises EngineError if the engine is gone."""
+        future: asyncio.Future[tuple[AdapterState, ...]] = self._future()
+        self._states.append(future)
+        self._send(AskAdapters())
+        return await future
+
+    async def administer(self, command: AdminCommand) -> AdminResult:
+        """See `EngineClient`; goes on in the engine if the caller stops waiting."""
+        future: asyncio.Future[AdminResult] = self._future()
+        command_id = next(self._command_ids)
+        self._commands_open[command_id] = future
+        self._send(Administer.of(command_id, command))
         return await future
 
     async def wait_closed(self) -> None:
@@ -167,6 +198,11 @@ class ChildEngineClient:
             self._context.term()
             shutil.rmtree(self._directory, ignore_errors=True)
 
+    def _future(self) -> asyncio.Future[Any]:
+        if not self.is_alive:
+            raise EngineError(self._death().message)
+        return asyncio.get_running_loop().create_future()
+
     def _send(self, command: Command) -> None:
         self._commands.send(encode(command), zmq.NOBLOCK)
 
@@ -179,9 +215,15 @@ class ChildEngineClient:
                     if queue := self._queues.get(event.request_id):
                         queue.put_nowait(event)
             elif isinstance(reply, StatsReply):
-                future = self._stats.pop(0)
-                if not future.done():
-                    future.set_result(reply.stats)
+                _set(self._stats.pop(0), reply.stats)
+            elif isinstance(reply, AdaptersReply):
+                _set(self._states.pop(0), reply.states)
+            elif isinstance(reply, AnswerReply):
+                self._take_answer(reply)
+            elif isinstance(reply, CatalogChange):
+                for name in reply.removed:
+                    self._adapters.pop(name, None)
+                self._adapters.update(reply.changed)
             elif isinstance(reply, Progress):
                 self._report(reply.line)
             elif isinstance(reply, Ready):
@@ -190,6 +232,13 @@ class ChildEngineClient:
                 self._is_ready = True
             elif isinstance(reply, Failed):
                 self._failure = reply.error
+
+    def _take_answer(self, reply: AnswerReply) -> None:
+        future = self._commands_open.pop(reply.command_id)
+        if reply.error is None:
+            _set(future, reply.report or reply.state)
+        elif not future.done():
+            future.set_exception(ReportedError(reply.error))
 
     async def _watch(self) -> None:
         """When the process ends, or cannot be understood, end everything that waits for it."""
@@ -207,7 +256,8 @@ class ChildEngineClient:
             self._info.set_exception(self._start_error())
         for request_id, queue in self._queues.items():
             queue.put_nowait(self._death_event(request_id))
-        for future in self._stats:
+        waiting: list[asyncio.Future[Any]] = [*self._stats, *self._states]
+        for future in [*waiting, *self._commands_open.values()]:
             if not future.done():
                 future.set_exception(EngineError(self._death().message))
 
@@ -227,3 +277,9 @@ class ChildEngineClient:
 
     def _death_event(self, request_id: str) -> SequenceEvent:
         return SequenceEvent(request_id=request_id, finish_reason="error", error=self._death())
+
+
+def _set(future: asyncio.Future[Any], result: object) -> None:
+    """Whoever waited may have gone."""
+    if not future.done():
+        future.set_result(result)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
 
 from loraswarm.config import EngineConfig
-from loraswarm.core.client import EngineInfo, EngineStats
+from loraswarm.core.admin import AdapterState, AdminCommand, AdminResult, ScanReport
+from loraswarm.core.client import AdapterSummary, EngineInfo, EngineStats
 from loraswarm.core.events import ErrorInfo, SequenceEvent
 from loraswarm.core.request import Request
 
@@ -29,6 +32,28 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 
 class AskStats(msgspec.Struct, frozen=True, tag="ask_stats"):
     """Answered by one StatsReply, in order."""
+
+
+class AskAdapters(msgspec.Struct, frozen=True, tag="ask_adapters"):
+    """Answered by one AdaptersReply, in order."""
+
+
+class Administer(msgspec.Struct, frozen=True, tag="administer"):
+    """A command of core/admin, by the name of its type; answered by one AnswerReply with its id."""
+
+    command_id: int
+    kind: str
+    arguments: dict[str, Any]
+
+    @classmethod
+    def of(cls, command_id: int, command: AdminCommand) -> Administer:
+        arguments = {f.name: getattr(command, f.name) for f in dataclasses.fields(command)}
+        return cls(command_id, type(command).__name__, arguments)
+
+    def command(self) -> AdminCommand:
+        """What was asked for."""
+        command: AdminCommand = ADMIN_COMMANDS[self.kind](**self.arguments)
+        return command
 
 
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
@@ -59,8 +84,39 @@ class StatsReply(msgspec.Struct, frozen=True, tag="stats"):
     stats: EngineStats
 
 
-Command = Start | Submit | Abort | AskStats | Stop
-Reply = Progress | Ready | Failed | Events | StatsReply
+class AdaptersReply(msgspec.Struct, frozen=True, tag="adapters"):
+    states: tuple[AdapterState, ...]
+
+
+class AnswerReply(msgspec.Struct, frozen=True, tag="answer"):
+    """The end of a command: one of its result's kinds, or an error."""
+
+    command_id: int
+    state: AdapterState | None = None
+    report: ScanReport | None = None
+    error: ErrorInfo | None = None
+
+    @classmethod
+    def of(cls, command_id: int, result: AdminResult | ErrorInfo) -> AnswerReply:
+        if isinstance(result, ErrorInfo):
+            return cls(command_id, error=result)
+        if isinstance(result, ScanReport):
+            return cls(command_id, report=result)
+        return cls(command_id, state=result)
+
+
+class CatalogChange(msgspec.Struct, frozen=True, tag="catalog"):
+    """Rows that are new or other than before, and names that are gone; at first, all rows."""
+
+    changed: dict[str, AdapterSummary]
+    removed: tuple[str, ...] = ()
+
+
+ADMIN_COMMANDS = {kind.__name__: kind for kind in get_args(AdminCommand)}
+Command = Start | Submit | Abort | AskStats | AskAdapters | Administer | Stop
+Reply = (
+    Progress | Ready | Failed | Events | StatsReply | AdaptersReply | AnswerReply | CatalogChange
+)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command: Callable[[bytes], Command] = msgspec.msgpack.Decoder(Command).decode

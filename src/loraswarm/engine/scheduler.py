@@ -1,51 +1,72 @@
 """Who runs in the next step: admission, chunked prefill, preemption, and what a step's end means.
 
 Owns the waiting and running queues and writes every Sequence. Decides through a Policy, takes pages
-from KVCache and AdapterCache; knows nothing about tensors, so it can be simulated. No torch.
+from Memory; knows nothing about tensors, so it can be simulated. No torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 from loraswarm.adapters.adapter import AdapterInfo
 from loraswarm.core.events import ErrorInfo, FinishReason, SequenceEvent
 from loraswarm.core.sequence import AdapterKey, Sequence
 from loraswarm.engine.policies import Policy
 from loraswarm.engine.step import ChunkResult, ScheduledChunk, Step
+from loraswarm.engine.supply import AdapterSupply
 from loraswarm.errors import InvalidRequest
 from loraswarm.memory.adapter_cache import AdapterLoad
 from loraswarm.memory.memory import Memory
+from loraswarm.memory.prefix_cache import PrefixSalt
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The most sequences that run, and the most tokens of one step."""
+
+    num_sequences: int
+    num_tokens: int
+
+    def __post_init__(self) -> None:
+        assert self.num_tokens >= self.num_sequences
 
 
 class Scheduler:
     """Continuous batching under a budget of tokens a step.
 
     Invariants: a running sequence has its adapters pinned and pages for its tokens; a waiting one
-    has neither. `max_step_tokens >= max_num_sequences`, so that every decode fits a step.
+    has neither, but its adapters are protected where they are. A running sequence whose adapters
+    are still being copied into their pages computes nothing until `Memory.adapters` says that they
+    are ready. `max_step_tokens >= max_num_sequences`, so that every decode fits a step.
     """
 
     def __init__(
         self,
         memory: Memory,
         policy: Policy,
-        max_num_sequences: int,
-        max_step_tokens: int,
+        supply: AdapterSupply,
+        limits: StepLimits,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        assert max_step_tokens >= max_num_sequences
-        self._pool = memory.pool
+        self._memory = memory
         self._kv = memory.kv_cache
         self._adapters = memory.adapters
         self._policy = policy
-        self._max_num_sequences = max_num_sequences
-        self._max_step_tokens = max_step_tokens
+        self._supply = supply
+        self._limits = limits
+        self._clock = clock
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._infos: dict[str, tuple[AdapterInfo, ...]] = {}
         self._loads: dict[AdapterKey, AdapterLoad] = {}
-        self._evicted: list[AdapterKey] = []
         self.num_preemptions = 0
+        self.num_prefix_asked_tokens = 0
+        self.num_prefix_hit_tokens = 0
 
     @property
     def num_waiting(self) -> int:
@@ -59,19 +80,20 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
-    def max_sequence_tokens(self, infos: Seq[AdapterInfo]) -> int:
-        """Tokens of the longest sequence that fits the whole pool beside its adapters."""
-        adapter_pages = sum(self._adapters.num_pages(info) for info in infos)
-        return max(0, self._pool.num_pages - adapter_pages) * self._kv.page_tokens
+    def max_sequence_tokens(self, infos: Seq[AdapterInfo], num_taken_pages: int = 0) -> int:
+        """Tokens of the longest sequence that fits the pool beside its adapters, when
+        `num_taken_pages` are taken for good."""
+        adapter_pages = sum(self._adapters.num_pages(info) for info in infos) + num_taken_pages
+        return max(0, self._memory.pool.num_pages - adapter_pages) * self._kv.page_tokens
 
     def add(self, sequence: Sequence, infos: Seq[AdapterInfo]) -> None:
-        """Queue a sequence and the adapters of its mix. It must fit the empty pool
+        """Queue a sequence, by its `order`, and the adapters of its mix. It must fit the empty pool
         (`max_sequence_tokens`)."""
         assert sequence.adapter_keys == tuple(info.key for info in infos)
-        if any(other.request_id == sequence.request_id for other in self._all()):
+        if sequence.request_id in self._infos:
             raise InvalidRequest(f"request id {sequence.request_id!r} is already in use")
         self._infos[sequence.request_id] = tuple(infos)
-        self._waiting.append(sequence)
+        self._queue(sequence)
 
     def abort(self, request_id: str) -> SequenceEvent | None:
         """End a request now and free what it holds; None if it is not here (already ended)."""
@@ -87,39 +109,34 @@ class Scheduler:
         return [event for request_id in ids if (event := self.abort(request_id))]
 
     def plan(self) -> Step:
-        """Choose the next step: decodes first, then prefill chunks, then newcomers."""
-        self._loads, self._evicted = {}, []
+        """Choose the next step: decodes first, then prefill chunks, then newcomers.
+
+        The step may be empty while adapters are on their way.
+        """
+        self._loads = {}
         planned: dict[Sequence, int] = {}
-        preempted = self._plan_decodes(planned)
-        budget = self._max_step_tokens - len(planned)
-        for sequence in self._running:
-            if sequence not in planned and budget > 0:
+        ready = [sequence for sequence in self._running if self._is_ready(sequence)]
+        preempted = self._plan_decodes(ready, planned)
+        budget = self._limits.num_tokens - len(planned)
+        for sequence in ready:
+            if sequence not in planned and sequence not in preempted and budget > 0:
                 planned[sequence] = min(sequence.num_uncomputed, budget)
                 budget -= planned[sequence]
         if not preempted:
             self._admit(planned, budget)
         chunks = tuple(ScheduledChunk(sequence, count) for sequence, count in planned.items())
-        assert chunks or not self.has_work, "work is waiting but nothing can run"
-        return Step(chunks, tuple(self._loads.values()), tuple(self._evicted))
+        return Step(chunks, tuple(self._loads.values()), tuple(self._memory.take_dropped()))
 
-    def fail_adapters(
-        self, step: Step, failures: Mapping[AdapterKey, ErrorInfo]
-    ) -> tuple[Step, list[SequenceEvent]]:
-        """End every sequence with an adapter that could not be loaded; returns the step without
-        them."""
-        events = []
-        for sequence in self._all():
-            errors = [failures[key] for key in sequence.adapter_keys if key in failures]
-            if errors:
-                self._end(sequence)
-                events.append(_error_event(sequence, errors[0]))
-        for key in failures:
-            self._adapters.discard(key)
-        chunks = tuple(
-            chunk for chunk in step.chunks if not failures.keys() & set(chunk.sequence.adapter_keys)
-        )
-        loads = tuple(load for load in step.loads if load.info.key not in failures)
-        return Step(chunks, loads, step.evicted), events
+    def fail_adapters(self, failures: Mapping[AdapterKey, ErrorInfo]) -> list[SequenceEvent]:
+        """End every sequence with an adapter that will never be there."""
+        return self._fail(self._all(), failures)
+
+    def fail_waiting(self, key: AdapterKey, error: ErrorInfo) -> list[SequenceEvent]:
+        """End the waiting sequences of an adapter that can be brought no more; nothing if it is in
+        pages or at hand."""
+        if self._adapters.is_resident(key) or self._supply.is_at_hand(key):
+            return []
+        return self._fail(self._waiting, {key: error})
 
     def commit(self, step: Step, results: Iterable[ChunkResult]) -> list[SequenceEvent]:
         """Record what the step computed: new tokens, ends, freed pages."""
@@ -130,26 +147,53 @@ class Scheduler:
                 events.append(event)
         return events
 
+    def needs(self) -> int:
+        """Pages of the sequence here that needs the most, its adapters included."""
+        return max((self._num_pages_at_end(sequence) for sequence in self._all()), default=0)
+
+    def adapters_in_use(self) -> tuple[Counter[str], Counter[str]]:
+        """Running and waiting sequences by the names of their adapters."""
+        running, waiting = (
+            Counter(name for sequence in queue for name, _ in sequence.adapter_keys)
+            for queue in (self._running, self._waiting)
+        )
+        return running, waiting
+
     def check(self) -> None:
         """Assert the invariants of the pool, the caches and the queues."""
-        self._pool.check()
-        self._adapters.check()
+        self._memory.check()
         for sequence in self._running:
             assert all(self._adapters.is_resident(key) for key in sequence.adapter_keys)
             assert not self._kv.num_missing_pages(sequence.request_id, sequence.num_computed)
         for sequence in self._waiting:
             assert not self._kv.pages_of(sequence.request_id)
+        orders = [sequence.order for sequence in self._waiting]
+        assert orders == sorted(orders)
+
+    def _fail(
+        self, sequences: Iterable[Sequence], failures: Mapping[AdapterKey, ErrorInfo]
+    ) -> list[SequenceEvent]:
+        events = []
+        for sequence in list(sequences):
+            errors = [failures[key] for key in sequence.adapter_keys if key in failures]
+            if errors:
+                self._end(sequence)
+                events.append(_error_event(sequence, errors[0]))
+        return events
 
     def _all(self) -> list[Sequence]:
         return [*self._running, *self._waiting]
 
-    def _plan_decodes(self, planned: dict[Sequence, int]) -> bool:
+    def _is_ready(self, sequence: Sequence) -> bool:
+        return all(self._adapters.is_ready(key) for key in sequence.adapter_keys)
+
+    def _plan_decodes(self, ready: Seq[Sequence], planned: dict[Sequence, int]) -> set[Sequence]:
         """Plan one token for each decoding sequence, preempting until the rest has pages."""
         preempted: set[Sequence] = set()
-        for sequence in [s for s in self._running if s.num_uncomputed == 1]:
+        for sequence in [s for s in ready if s.num_uncomputed == 1]:
             while sequence not in preempted:
                 missing = self._kv.num_missing_pages(sequence.request_id, len(sequence.token_ids))
-                if missing == 0 or self._make_room(missing):
+                if missing == 0 or self._memory.make_room(missing) is not None:
                     self._kv.reserve(sequence.request_id, len(sequence.token_ids))
                     planned[sequence] = 1
                     break
@@ -157,61 +201,102 @@ class Scheduler:
                 self._preempt(victim)
                 planned.pop(victim, None)
                 preempted.add(victim)
-        return bool(preempted)
+        return preempted
 
     def _admit(self, planned: dict[Sequence, int], budget: int) -> None:
-        """Start waiting sequences while tokens, seats and pages for their known tokens last."""
-        while self._waiting and budget > 0 and len(self._running) < self._max_num_sequences:
-            sequence = self._policy.next_waiting(self._waiting)
+        """Start waiting sequences while tokens, seats and pages for their known tokens last.
+
+        One whose adapters are not at hand is passed over; one that does not fit holds up those
+        behind it, so that it is not overtaken for ever.
+        """
+        waiting = [sequence for sequence in self._waiting if self._is_at_hand(sequence)]
+        while waiting and budget > 0 and len(self._running) < self._limits.num_sequences:
+            sequence = self._policy.next_waiting(waiting)
             if not self._try_start(sequence):
                 return
-            planned[sequence] = min(sequence.num_uncomputed, budget)
-            budget -= planned[sequence]
+            waiting.remove(sequence)
+            if self._is_ready(sequence):
+                planned[sequence] = min(sequence.num_uncomputed, budget)
+                budget -= planned[sequence]
+
+    def _is_at_hand(self, sequence: Sequence) -> bool:
+        """Whether its adapters could be copied into pages now; asks for those that could not."""
+        absent = [
+            key
+            for key in sequence.adapter_keys
+            if not self._adapters.is_resident(key) and not self._supply.is_at_hand(key)
+        ]
+        for key in absent:
+            self._supply.want(key)
+        return not absent
 
     def _try_start(self, sequence: Sequence) -> bool:
         """Pin the adapters and take pages for all known tokens and one more, or change nothing."""
-        infos = self._infos[sequence.request_id]
+        request_id = sequence.request_id
+        infos = self._infos[request_id]
         resident = [info for info in infos if self._adapters.is_resident(info.key)]
-        absent = [info for info in infos if info not in resident]
-        num_tokens = min(len(sequence.token_ids) + 1, sequence.num_prompt + sequence.max_tokens)
-        num_kv_pages = self._kv.num_missing_pages(sequence.request_id, num_tokens)
-        num_pages = sum(self._adapters.num_load_pages(info) for info in absent) + num_kv_pages
+        absent = [info for info in infos if not self._adapters.is_resident(info.key)]
         for info in resident:
             self._adapters.pin(info)
-        if not self._has_room(num_pages):
+        num_cached = self._reuse_prefix(sequence)
+        num_tokens = min(len(sequence.token_ids) + 1, sequence.num_prompt + sequence.max_tokens)
+        num_kv_pages = self._kv.num_missing_pages(request_id, num_tokens)
+        num_pages = sum(self._adapters.num_load_pages(info) for info in absent) + num_kv_pages
+        if not self._memory.has_room(num_pages):
+            self._kv.free(request_id)
             for info in resident:
                 self._adapters.unpin(info.key)
             return False
-        self._make_room(num_kv_pages)
-        self._kv.reserve(sequence.request_id, num_tokens)
+        self._memory.make_room(num_kv_pages)
+        self._kv.reserve(request_id, num_tokens)
         for info in absent:
-            load, evicted = self._adapters.pin_evicting(info)
-            assert load is not None
-            self._loads[info.key] = load
-            self._evicted += evicted
+            load, _ = self._memory.pin_adapter(info)
+            if load is not None:
+                self._loads[info.key] = load
+        self._start(sequence, num_cached)
+        return True
+
+    def _reuse_prefix(self, sequence: Sequence) -> int:
+        """Take the pages of the longest known prefix; returns their tokens. The last token is
+        always computed, and every token whose log-probability is wanted."""
+        num_reusable = len(sequence.token_ids) - 1
+        if sequence.request.params.prompt_logprobs is not None:
+            num_reusable = 0
+        salt = PrefixSalt(sequence.mix, sequence.first_adapted)
+        return self._kv.begin(sequence.request_id, sequence.token_ids, salt, num_reusable)
+
+    def _start(self, sequence: Sequence, num_cached: int) -> None:
         self._waiting.remove(sequence)
         self._running.append(sequence)
-        return True
+        for key in sequence.adapter_keys:
+            self._adapters.unprotect(key)
+            self._supply.release(key)
+        sequence.num_computed = num_cached
+        self.num_prefix_asked_tokens += len(sequence.token_ids)
+        self.num_prefix_hit_tokens += num_cached
+        if sequence.queue_s is None:
+            sequence.num_cached = min(num_cached, sequence.num_prompt)
+            sequence.queue_s = self._clock() - sequence.arrived_s
 
-    def _has_room(self, num_pages: int) -> bool:
-        """Whether `num_pages` are free, or would be without the idle adapters."""
-        missing = num_pages - self._pool.num_free
-        return missing <= 0 or self._adapters.num_idle_pages() >= missing
-
-    def _make_room(self, num_pages: int) -> bool:
-        """Evict idle adapters until `num_pages` are free; evicts none if that cannot suffice."""
-        if not self._has_room(num_pages):
-            return False
-        self._evicted += self._adapters.evict_idle(num_pages)
-        return True
+    def _queue(self, sequence: Sequence) -> None:
+        insort(self._waiting, sequence, key=lambda waiting: waiting.order)
+        for key in sequence.adapter_keys:
+            self._adapters.protect(key)
+            self._supply.hold(key)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue; K/V is recomputed later from the kept tokens."""
+        """Back into the queue; what of its K/V is not cached is recomputed from the kept tokens."""
         self._running.remove(sequence)
         self._release(sequence)
         sequence.num_computed = 0
-        self._waiting.insert(0, sequence)
+        self._queue(sequence)
         self.num_preemptions += 1
+
+    def _num_pages_at_end(self, sequence: Sequence) -> int:
+        tokens = sequence.num_prompt + sequence.max_tokens
+        infos = self._infos[sequence.request_id]
+        num_kv_pages = -(-tokens // self._kv.page_tokens)
+        return num_kv_pages + sum(self._adapters.num_pages(info) for info in infos)
 
     def _commit_chunk(self, chunk: ScheduledChunk, result: ChunkResult) -> SequenceEvent | None:
         sequence = chunk.sequence
@@ -219,6 +304,7 @@ class Scheduler:
             self._end(sequence)
             return _error_event(sequence, result.error)
         sequence.num_computed += chunk.num_tokens
+        self._kv.publish(sequence.request_id, sequence.token_ids, sequence.num_computed)
         sequence.prompt_logprobs.extend(result.prompt_logprobs)
         if sequence.num_uncomputed > 0:
             return None
@@ -235,11 +321,15 @@ class Scheduler:
         return _token_event(sequence, result, reason)
 
     def _end(self, sequence: Sequence) -> None:
-        queue = self._running if sequence in self._running else self._waiting
-        queue.remove(sequence)
-        if queue is self._running:
+        if sequence in self._running:
+            self._running.remove(sequence)
             self._release(sequence)
-        self._infos.pop(sequence.request_id, None)
+        else:
+            self._waiting.remove(sequence)
+            for key in sequence.adapter_keys:
+                self._adapters.unprotect(key)
+                self._supply.release(key)
+        del self._infos[sequence.request_id]
 
     def _release(self, sequence: Sequence) -> None:
         self._kv.free(sequence.request_id)
@@ -263,4 +353,6 @@ def _token_event(
         prompt_logprobs=tuple(sequence.prompt_logprobs) or None if is_first else None,
         finish_reason=reason,
         stop_token_id=result.token_id if reason == "stop" else None,
+        num_cached_tokens=sequence.num_cached if is_first else None,
+        queue_s=sequence.queue_s if is_first else None,
     )

@@ -8,26 +8,40 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import select
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
 
-from loraswarm.adapters.catalog import Catalog
-from loraswarm.adapters.reading import read_adapter
+from loraswarm.adapters.catalog import Catalog, describe_entries
+from loraswarm.adapters.stores import open_store
 from loraswarm.config import Dtype, EngineConfig
+from loraswarm.core.base_shape import BaseShape
 from loraswarm.core.client import EngineInfo
-from loraswarm.engine.engine import Engine
+from loraswarm.engine.engine import Engine, EngineParts
+from loraswarm.engine.loader import Loader, ThreadLoader
+from loraswarm.engine.loader_jobs import JobFailed, ScanDone, ScanJob
+from loraswarm.engine.loader_process import ProcessLoader
+from loraswarm.engine.loader_worker import LoadWorker, WorkerSpec
 from loraswarm.engine.model_runner import ModelRunner
 from loraswarm.engine.policies import FirstComeFirstServed
-from loraswarm.engine.scheduler import Scheduler
+from loraswarm.engine.residency import Residency
+from loraswarm.engine.scheduler import Scheduler, StepLimits
+from loraswarm.engine.wakeup import Wakeup
 from loraswarm.errors import ConfigError
 from loraswarm.kernels import cpu
+from loraswarm.memory.costs import CostModel
+from loraswarm.memory.eviction import EvictionOrder
 from loraswarm.memory.geometry import PageGeometry, page_geometry
-from loraswarm.memory.memory import Memory
+from loraswarm.memory.host_cache import HostCache
+from loraswarm.memory.memory import Memory, MemoryOptions
 from loraswarm.memory.page_buffer import PageBuffer
+from loraswarm.memory.page_copier import PageCopier
 from loraswarm.memory.tile_store import TileStore
+from loraswarm.models.config import DecoderConfig
 from loraswarm.models.decoder import Decoder
 from loraswarm.models.families import decoder_config
 from loraswarm.models.layers.backend import Backend
@@ -36,6 +50,11 @@ from loraswarm.models.source import eos_token_ids, read_config, resolve_model
 
 Report = Callable[[str], None]
 MAX_CPU_POOL_BYTES = 4 << 30
+MAX_HOST_CACHE_BYTES = 4 << 30
+HOST_CACHE_SHARE = 0.2
+DESCRIBING_S = 1.0
+SECOND_LOOK_S = 0.55
+FIRST_SCAN = -1
 DTYPES: dict[torch.dtype, Dtype] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
@@ -44,37 +63,109 @@ DTYPES: dict[torch.dtype, Dtype] = {
 log = logging.getLogger(__name__)
 
 
-def build_engine(config: EngineConfig, report: Report = log.info) -> Engine:
+def build_engine(
+    config: EngineConfig, report: Report = log.info, has_loader_process: bool = False
+) -> Engine:
     """Load the base model and everything around it; takes seconds to minutes.
 
-    `report` gets one line per stage, and the resolved options.
+    `report` gets one line per stage, and the resolved options. Adapters are loaded by threads of
+    this process, or by a process of their own, which never keeps a step waiting.
     Raises   ConfigError if the model, an option or their combination cannot work.
     """
     path = resolve_model(config.model)
     raw = read_config(path)
     model_config = decoder_config(raw)
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else checkpoint_dtype(path, raw)
+    for root in config.adapters:
+        open_store(root)
     config = _resolve(config, dtype)
-    catalog = Catalog(config.adapters, model_config.shape(), config.model_name)
-    catalog.scan()
+    spec = _worker_spec(config, path, model_config.shape())
+    loader = _start_loader(spec, has_loader_process)
+    try:
+        return _build(config, loader, path, model_config, report)
+    except BaseException:
+        loader.close()
+        raise
+
+
+def _build(
+    config: EngineConfig, loader: Loader, path: Path, model_config: DecoderConfig, report: Report
+) -> Engine:
+    dtype = getattr(torch, config.dtype)
+    loader.submit(ScanJob(FIRST_SCAN))
     report(f"loading model={config.model_name} path={path} dtype={config.dtype}")
     backend = Backend(cpu, dtype, torch.device(config.device))
     decoder = load_decoder(path, model_config, backend, report)
     geometry = page_geometry(model_config.shape(), dtype.itemsize)
     config = _size_pool(config, geometry, model_config.max_position)
     cpu.warm_up(config.dtype, lambda line: report(f"kernel {line}"))
-    info = _info(config, path, decoder, catalog, geometry)
+    info = _info(config, path, decoder, geometry)
     unknown = [token_id for token_id in eos_token_ids(path) if token_id >= info.vocab_size]
     if unknown:
         report(f"ignored end_token_ids={unknown} vocab_size={info.vocab_size}")
     report(_summary(config, info))
-    return _assemble(config, info, catalog, decoder, backend)
+    catalog = Catalog(config.model_name)
+    _fill(catalog, loader, model_config.shape(), report)
+    return _assemble(config, info, (catalog, loader), decoder, backend)
+
+
+def _worker_spec(config: EngineConfig, path: Path, shape: BaseShape) -> WorkerSpec:
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    assert config.host_cache_bytes is not None
+    return WorkerSpec(
+        roots=config.adapters,
+        shape=shape,
+        geometry=page_geometry(shape, dtype.itemsize),
+        dtype_name=config.dtype,
+        model_path=str(path),
+        model_name=config.model_name,
+        host_cache_dir=config.host_cache_dir,
+        host_cache_bytes=config.host_cache_bytes,
+    )
+
+
+def _start_loader(spec: WorkerSpec, has_process: bool) -> Loader:
+    return ProcessLoader(spec) if has_process else ThreadLoader(LoadWorker(spec))
+
+
+def _fill(catalog: Catalog, loader: Loader, shape: BaseShape, report: Report) -> None:
+    """Enter what the stores hold; what is still being written gets a second look.
+
+    As many adapters as take DESCRIBING_S are described now, the others beside the requests.
+    """
+    for look in range(2):
+        result = _wait_for_scan(loader)
+        found = catalog.apply(result.change)
+        for failure in found.failures:
+            log.error("store not listed reason=%r", failure)
+        if look == 1 or not found.pending:
+            break
+        time.sleep(SECOND_LOOK_S)
+        loader.submit(ScanJob(FIRST_SCAN))
+    describe_entries(catalog, catalog.undescribed(), shape, DESCRIBING_S)
+    report(f"adapters found={len(catalog.summaries())} undescribed={len(catalog.undescribed())}")
+
+
+def _wait_for_scan(loader: Loader) -> ScanDone:
+    """The result of the only job that is open. Raises ConfigError if it fails."""
+    while not (results := loader.take_done()):
+        select.select([loader.fileno()], (), (), 1.0)
+    (result,) = results
+    if isinstance(result, JobFailed):
+        raise ConfigError(f"--adapters cannot be scanned: {result.error.message}")
+    assert isinstance(result, ScanDone)
+    return result
 
 
 def _assemble(
-    config: EngineConfig, info: EngineInfo, catalog: Catalog, decoder: Decoder, backend: Backend
+    config: EngineConfig,
+    info: EngineInfo,
+    adapters: tuple[Catalog, Loader],
+    decoder: Decoder,
+    backend: Backend,
 ) -> Engine:
     """Put the parts together."""
+    catalog, loader = adapters
     shape = decoder.config.shape()
     geometry = page_geometry(shape, backend.dtype.itemsize)
     try:
@@ -83,16 +174,36 @@ def _assemble(
         raise ConfigError(
             f"this machine cannot give {config.pool_bytes:,} bytes for the page pool (--pool-bytes)"
         ) from error
-    memory = Memory.of_pages(info.num_pages, shape, geometry)
-    scheduler = Scheduler(
-        memory, FirstComeFirstServed(), config.max_num_sequences, config.max_step_tokens
+    costs = CostModel()
+    host = HostCache(info.host_cache_bytes, EvictionOrder(config.eviction), costs)
+    options = MemoryOptions(
+        policy=config.eviction,
+        has_prefix_cache=config.prefix_caching,
+        costs=costs,
+        is_in_host=host.has,
     )
-    runner = ModelRunner(decoder, buffer, TileStore(buffer, shape), read_adapter)
-    return Engine(info, catalog, runner, memory, scheduler, config.seed)
+    memory = Memory.of_pages(info.num_pages, shape, geometry, options)
+    tiles = TileStore(buffer, shape)
+    wakeup = Wakeup()
+    copier = PageCopier(buffer, tiles, wakeup.wake)
+    residency = Residency(loader, host, copier, memory, catalog)
+    limits = StepLimits(config.max_num_sequences, config.max_step_tokens)
+    parts = EngineParts(
+        catalog=catalog,
+        loader=loader,
+        host=host,
+        copier=copier,
+        wakeup=wakeup,
+        runner=ModelRunner(decoder, buffer, tiles),
+        memory=memory,
+        residency=residency,
+        scheduler=Scheduler(memory, FirstComeFirstServed(), residency, limits),
+    )
+    return Engine(info, parts, config.seed, config.refresh_interval_s)
 
 
 def _resolve(config: EngineConfig, dtype: torch.dtype) -> EngineConfig:
-    """Fill in device, dtype and threads, and set the threads."""
+    """Fill in device, dtype, threads and the host cache's bytes, and set the threads."""
     if config.device == "cuda":
         raise ConfigError("device 'cuda' is not supported by this version; use --device cpu")
     if config.max_step_tokens < config.max_num_sequences:
@@ -106,7 +217,17 @@ def _resolve(config: EngineConfig, dtype: torch.dtype) -> EngineConfig:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     torch.set_num_threads(num_threads)
-    return dataclasses.replace(config, device="cpu", dtype=DTYPES[dtype], num_threads=num_threads)
+    host_cache_bytes = config.host_cache_bytes
+    if host_cache_bytes is None:
+        available = psutil.virtual_memory().available
+        host_cache_bytes = min(MAX_HOST_CACHE_BYTES, int(HOST_CACHE_SHARE * available))
+    return dataclasses.replace(
+        config,
+        device="cpu",
+        dtype=DTYPES[dtype],
+        num_threads=num_threads,
+        host_cache_bytes=host_cache_bytes,
+    )
 
 
 def _physical_cores() -> int:
@@ -143,9 +264,9 @@ def _info(
     config: EngineConfig,
     path: Path,
     decoder: Decoder,
-    catalog: Catalog,
     geometry: PageGeometry,
 ) -> EngineInfo:
+    assert config.host_cache_bytes is not None
     assert config.max_model_len is not None
     assert config.pool_bytes is not None
     return EngineInfo(
@@ -160,7 +281,7 @@ def _info(
         num_pages=config.pool_bytes // geometry.page_bytes,
         page_bytes=geometry.page_bytes,
         page_tokens=geometry.page_tokens,
-        adapters=catalog.summaries(),
+        host_cache_bytes=config.host_cache_bytes,
     )
 
 

@@ -24,14 +24,15 @@ class ScheduledChunk:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one iteration computes.
+    """What one iteration does.
 
-    `evicted` adapters are gone from their pages; then `loads` are written; then `chunks` run.
+    `dropped` adapters are gone from their pages; `loads` may then be written into theirs, beside
+    this step and later ones; `chunks` run now.
     """
 
     chunks: tuple[ScheduledChunk, ...]
     loads: tuple[AdapterLoad, ...] = ()
-    evicted: tuple[AdapterKey, ...] = ()
+    dropped: tuple[AdapterKey, ...] = ()
 
     @property
     def num_tokens(self) -> int:

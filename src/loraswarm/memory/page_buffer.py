@@ -6,11 +6,16 @@ Legend: P pages, K kv heads, C tokens per page, E head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from loraswarm.core.base_shape import BaseShape
 from loraswarm.memory.geometry import PageGeometry
+from loraswarm.memory.image import image_bytes, piece_bytes
+from loraswarm.memory.packing import Packing
 
 
 class PageBuffer:
@@ -45,20 +50,32 @@ class PageBuffer:
             shape.head_size,
         )
 
-    def write(self, offset: int, block: Tensor) -> None:
-        """Copy a matrix into `pool` from `offset` on, row after row, inside one page."""
-        self._check(offset, block.numel())
-        self.pool[offset : offset + block.numel()].view(block.shape).copy_(block)
+    def copy_pieces(self, image: np.ndarray, packing: Packing, starts: Sequence[int]) -> None:
+        """Copy an image (memory/image) to where its pieces begin, in elements of `pool`.
 
-    def write_floats(self, offset: int, vector: Tensor) -> None:
-        """Copy a float32 vector, unrounded, inside one page; `offset` counts as in `pool`."""
-        per_float = self.geometry.float32_elements
-        assert vector.dtype == torch.float32
-        assert offset % per_float == 0
-        self._check(offset, vector.numel() * per_float)
-        begin = offset // per_float
-        self.floats[begin : begin + vector.numel()].copy_(vector)
+        Pages that follow each other in the pool are copied as one. Any thread may call it: it holds
+        the GIL only between copies. The buffer must be on the CPU.
+        """
+        assert image.nbytes == image_bytes(packing, self.geometry)
+        out = self._bytes.numpy()
+        sizes = piece_bytes(packing, self.geometry)
+        for source, target in _copies(starts, sizes, self.geometry.element_bytes):
+            out[target] = image[source]
 
-    def _check(self, offset: int, num_elements: int) -> None:
-        room = self.geometry.page_elements - offset % self.geometry.page_elements
-        assert num_elements <= room, "a block reaches beyond its page"
+
+def _copies(
+    starts: Sequence[int], sizes: Sequence[int], element_bytes: int
+) -> list[tuple[slice, slice]]:
+    """(bytes of the image, bytes of the pool) of each copy: pieces, joined where both follow."""
+    found: list[tuple[slice, slice]] = []
+    begin = 0
+    for start, size in zip(starts, sizes, strict=True):
+        source = slice(begin, begin + size)
+        target = slice(start * element_bytes, start * element_bytes + size)
+        if found and found[-1][1].stop == target.start:
+            source = slice(found[-1][0].start, source.stop)
+            target = slice(found[-1][1].start, target.stop)
+            found.pop()
+        found.append((source, target))
+        begin += size
+    return found

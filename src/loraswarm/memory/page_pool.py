@@ -1,6 +1,7 @@
 """Which page is free and who owns it: integers only, no tensors, no torch.
 
-The one place that knows the owner of a page. KVCache and AdapterCache take and return pages here.
+The one place that knows the owner of a page. KVCache, PrefixCache and AdapterPages take and return
+pages here.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from typing import Literal, NamedTuple
 
 from loraswarm.errors import OutOfPages
 
-OwnerKind = Literal["kv", "adapter"]
+OwnerKind = Literal["kv", "prefix", "adapter"]
 
 
 class Owner(NamedTuple):
-    """Who holds pages: a sequence's K/V (its request id) or an adapter (its key)."""
+    """Who holds pages: a sequence's K/V (its request id), a cached prefix or an adapter."""
 
     kind: OwnerKind
     name: str
@@ -29,6 +30,7 @@ class PagePool:
         self.page_bytes = page_bytes
         self._free = list(range(num_pages - 1, -1, -1))
         self._owned: dict[Owner, list[int]] = {}
+        self._num_owned: dict[OwnerKind, int] = {"kv": 0, "prefix": 0, "adapter": 0}
 
     @property
     def num_free(self) -> int:
@@ -55,12 +57,24 @@ class PagePool:
         taken = self._free[-num_pages:][::-1]
         del self._free[-num_pages:]
         self._owned.setdefault(owner, []).extend(taken)
+        self._num_owned[owner.kind] += num_pages
         return taken
+
+    def transfer(self, page: int, owner: Owner, new_owner: Owner) -> None:
+        """Make a page of `owner` one of `new_owner`, after those it already has."""
+        pages = self._owned[owner]
+        pages.remove(page)
+        if not pages:
+            del self._owned[owner]
+        self._owned.setdefault(new_owner, []).append(page)
+        self._num_owned[owner.kind] -= 1
+        self._num_owned[new_owner.kind] += 1
 
     def free(self, owner: Owner) -> int:
         """Give back every page of `owner`; returns how many there were (0 if it had none)."""
         pages = self._owned.pop(owner, [])
         self._free.extend(reversed(pages))
+        self._num_owned[owner.kind] -= len(pages)
         return len(pages)
 
     def pages_of(self, owner: Owner) -> list[int]:
@@ -69,12 +83,17 @@ class PagePool:
 
     def num_owned(self, kind: OwnerKind) -> int:
         """Pages held by all owners of one kind."""
-        return sum(len(pages) for owner, pages in self._owned.items() if owner.kind == kind)
+        return self._num_owned[kind]
 
     def check(self) -> None:
-        """Assert conservation: free + owned = all pages, and no page twice."""
+        """Assert conservation: free + owned = all pages, no page twice, and kinds counted right."""
         held = [page for pages in self._owned.values() for page in pages]
         assert sorted(held + self._free) == list(range(self.num_pages)), "page lost or doubled"
+        for kind, count in self._num_owned.items():
+            pages_of_kind = [
+                len(pages) for owner, pages in self._owned.items() if owner.kind == kind
+            ]
+            assert count == sum(pages_of_kind), f"{count} pages of {kind}"
 
     def _largest_owners(self) -> str:
         largest = sorted(self._owned.items(), key=lambda item: -len(item[1]))[:3]

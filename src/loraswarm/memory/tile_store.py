@@ -21,10 +21,11 @@ from loraswarm.core.sequence import AdapterKey, AdapterMix
 from loraswarm.kernels import MAX_TILE_RANKS, TileTable
 from loraswarm.kernels.overlay import Overlay, Overlays, PagedRows
 from loraswarm.memory.adapter_cache import AdapterLoad, SharedPlace
+from loraswarm.memory.image import AdapterImage, pack_adapter
 from loraswarm.memory.packing import Packing
 from loraswarm.memory.page_buffer import PageBuffer
 from loraswarm.memory.tile_join import NO_VECTOR, AdapterTiles, TileColumns, join, weighted_sum
-from loraswarm.memory.tile_layout import NOTHING, Block
+from loraswarm.memory.tile_layout import NOTHING
 
 Segment = tuple[AdapterMix, int]
 MAX_KEPT_OVERLAYS = 4
@@ -56,6 +57,7 @@ class TileStore:
 
     def __init__(self, buffer: PageBuffer, shape: BaseShape) -> None:
         self._buffer = buffer
+        self._shape = shape
         self._num_sites = shape.num_sites()
         self._residents: dict[AdapterKey, _Resident] = {}
         self._written: WeakSet[SharedPlace] = WeakSet()
@@ -64,11 +66,37 @@ class TileStore:
         self._overlays: dict[tuple[Segment, ...], Overlays] = {}
 
     def load(self, load: AdapterLoad, adapter: Adapter) -> None:
-        """Write the adapter and what it shares into the pool and remember where it is."""
-        for place in load.shared:
-            self._write_shared(place, adapter.shared[place.matrix.digest])
+        """Pack an adapter, copy it into its pages and place it, all at once."""
+        self.copy(load, pack_adapter(adapter, self._shape, self._buffer.geometry, _empty))
+        self.place(load)
+
+    def copy(self, load: AdapterLoad, image: AdapterImage) -> int:
+        """Copy an image into the pages of its load, with the shared matrices not written yet.
+
+        Returns the bytes copied. May run in another thread than the rest, one copy at a time.
+        """
+        places = self.unwritten(load)
+        num_bytes = image.num_bytes
+        try:
+            for place in places:
+                matrix = image.shared[place.matrix]
+                self._buffer.copy_pieces(matrix, place.layout.packing, place.starts)
+                num_bytes += matrix.nbytes
+        except BaseException:
+            self._written.difference_update(places)
+            raise
+        self._buffer.copy_pieces(image.own, load.layout.packing, load.starts)
+        return num_bytes
+
+    def unwritten(self, load: AdapterLoad) -> tuple[SharedPlace, ...]:
+        """The places of shared matrices to write with this load; each is handed out once."""
+        places = tuple(place for place in load.shared if place not in self._written)
+        self._written.update(places)
+        return places
+
+    def place(self, load: AdapterLoad) -> None:
+        """Remember where the adapter is, once its bytes are there."""
         own_offsets = _block_offsets(load.layout.packing, load.starts)
-        self._write_own(load.layout.blocks, own_offsets, adapter)
         offset_F = np.array(
             [
                 *(
@@ -117,29 +145,6 @@ class TileStore:
                 self._overlays.clear()
             self._overlays[key] = self._find_overlays(key)
         return self._overlays[key]
-
-    def _write_shared(self, place: SharedPlace, matrix: Tensor) -> None:
-        """Write a shared matrix unless it has been written at this very place."""
-        if place in self._written:
-            return
-        offsets = _block_offsets(place.layout.packing, place.starts)
-        for block, offset in zip(place.layout.blocks, offsets, strict=True):
-            self._buffer.write(offset, _part(matrix, block))
-        self._written.add(place)
-
-    def _write_own(self, blocks: Sequence[Block], offsets: Sequence[int], adapter: Adapter) -> None:
-        weights = {module.info.site: module for module in adapter.modules}
-        for block, offset in zip(blocks, offsets, strict=True):
-            kind, index = block.kind, block.index
-            if kind == "overlay":
-                self._buffer.write(offset, _part(adapter.overlays[index], block))
-            elif kind == "a" or kind == "bt":
-                matrix = weights[index].a_RI if kind == "a" else weights[index].bt_RO
-                assert matrix is not None, f"no {kind} at site {index}"
-                self._buffer.write(offset, _part(matrix, block))
-            else:
-                vector = weights[index].vectors[kind]
-                self._buffer.write_floats(offset, _part(vector[None], block)[0])
 
     def _tiles(self, load: AdapterLoad, offset_F: np.ndarray) -> AdapterTiles:
         """The adapter's tiles; `offset_F` has the offset of each reference, 0 for NOTHING."""
@@ -236,8 +241,5 @@ def _block_offsets(packing: Packing, starts: Sequence[int]) -> list[int]:
     return [starts[piece] + element for piece, element in packing.places]
 
 
-def _part(matrix: Tensor, block: Block) -> Tensor:
-    """The block's rows and columns of its tensor."""
-    rows = slice(block.first_row, block.first_row + block.num_rows)
-    columns = slice(block.first_column, block.first_column + block.num_columns)
-    return matrix[rows, columns]
+def _empty(num_bytes: int) -> np.ndarray:
+    return np.empty(num_bytes, dtype=np.uint8)

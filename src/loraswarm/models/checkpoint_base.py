@@ -1,16 +1,19 @@
 """A base's weights straight from its checkpoint, for those who read adapters without a decoder.
 
 Maps the files and copies nothing, so that a large base takes little memory. Knows no adapters.
-Used by models/merge and by `loraswarm adapters check`.
+Used by models/merge, by `loraswarm adapters check` and by engine/loader_worker.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from loraswarm.core.base_shape import EMBEDDING, LM_HEAD, BaseShape
@@ -82,6 +85,53 @@ class CheckpointBase:
         if file not in self._readers:
             self._readers[file] = self._files.enter_context(open_tensors(file))
         return self._readers[file]
+
+
+class ConvertedBase:
+    """`BaseWeights` of the checkpoint in directory `path`, in `dtype`: the same bits that a decoder
+    of that dtype has. Several threads may ask at once.
+
+    The checkpoint is opened when the first weight is asked for, and stays open until `close`.
+    Raises    ConfigError as `CheckpointBase` does, also for a file that cannot be read.
+    """
+
+    def __init__(self, path: Path, shape: BaseShape, dtype: torch.dtype) -> None:
+        self._path = path
+        self._shape = shape
+        self._dtype = dtype
+        self._lock = threading.Lock()
+        self._checkpoint: CheckpointBase | None = None
+
+    @property
+    def shape(self) -> BaseShape:
+        return self._shape
+
+    def weight(self, path: str) -> Tensor:
+        """See `BaseWeights`; a copy, unless the file has the dtype."""
+        with self._lock:
+            stored = self._opened().weight(path)
+        return stored.to(self._dtype)
+
+    def bias(self, path: str) -> Tensor | None:
+        """See `BaseWeights`."""
+        with self._lock:
+            stored = self._opened().bias(path)
+        return None if stored is None else stored.to(self._dtype)
+
+    def close(self) -> None:
+        """Close the checkpoint's files; they are opened again if a weight is asked for."""
+        with self._lock:
+            if self._checkpoint is not None:
+                self._checkpoint.__exit__(None, None, None)
+                self._checkpoint = None
+
+    def _opened(self) -> CheckpointBase:
+        try:
+            self._checkpoint = self._checkpoint or CheckpointBase(self._path, self._shape)
+        except OSError as error:
+            name = os.fspath(error.filename or self._path)
+            raise ConfigError(f"cannot read {name!r}: {error.strerror or error}") from error
+        return self._checkpoint
 
 
 def tensor_shapes(shape: BaseShape) -> dict[str, tuple[int, ...]]:

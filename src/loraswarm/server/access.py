@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -18,16 +19,18 @@ REFUSED = ErrorInfo(
 
 
 class RequireApiKey:
-    """ASGI middleware in front of `app`."""
+    """ASGI middleware in front of `app`; `count` is told the status of each refusal."""
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+    def __init__(self, app: ASGIApp, api_key: str, count: Callable[[int], None]) -> None:
         self._app = app
+        self._count = count
         self._expected = f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._allows(scope):
             await self._app(scope, receive, send)
             return
+        self._count(REFUSED.http_status)
         response = error_response(REFUSED, {"WWW-Authenticate": "Bearer"})
         await response(scope, receive, send)
 

@@ -14,25 +14,33 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from loraswarm.config import ServerConfig
+from loraswarm.core.admin import PinAdapter, PrefetchAdapter, RescanAdapters, UnpinAdapter
 from loraswarm.core.client import EngineClient
 from loraswarm.server.access import RequireApiKey
+from loraswarm.server.admin import administer, list_adapters, show_adapter
 from loraswarm.server.chat import create_chat_completion
 from loraswarm.server.completions import create_completion
 from loraswarm.server.errors import install_error_handlers
 from loraswarm.server.listing import list_models, show_model
+from loraswarm.server.lora_endpoints import load_lora_adapter, unload_lora_adapter
+from loraswarm.server.metrics import RequestMetrics
+from loraswarm.server.scrape import Scraper
 from loraswarm.server.service import Service
 from loraswarm.text.tokenizer import Tokenizer
 
 
 def create_app(client: EngineClient, tokenizer: Tokenizer, config: ServerConfig) -> FastAPI:
     """The application over one engine, which the caller has started and will close."""
-    service = Service(client, tokenizer, int(time.time()))
+    metrics = RequestMetrics(client.info.model)
+    service = Service(client, tokenizer, int(time.time()), metrics)
     app = FastAPI(openapi_url=None, redirect_slashes=False)
-    install_error_handlers(app)
+    install_error_handlers(app, metrics.count_error)
     _add_openai_routes(app, service)
+    _add_adapter_routes(app, service)
     _add_health_routes(app, client)
+    _add_metrics_route(app, Scraper(client, metrics))
     if config.api_key is not None:
-        app.add_middleware(RequireApiKey, api_key=config.api_key)
+        app.add_middleware(RequireApiKey, api_key=config.api_key, count=metrics.count_error)
     return app
 
 
@@ -52,6 +60,46 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         return show_model(service, name)
+
+
+def _add_adapter_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/load_lora_adapter")
+    async def load(request: Request) -> Response:
+        return await load_lora_adapter(service, request)
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(request: Request) -> Response:
+        return await unload_lora_adapter(service, request)
+
+    @app.get("/v1/adapters")
+    async def adapters(request: Request) -> Response:
+        return await list_adapters(service, request)
+
+    @app.get("/v1/adapters/{name:path}")
+    async def adapter(name: str) -> Response:
+        return await show_adapter(service, name)
+
+    @app.post("/v1/adapters/rescan")
+    async def rescan(request: Request) -> Response:
+        return await administer(service, request, RescanAdapters())
+
+    @app.post("/v1/adapters/{name:path}/pin")
+    async def pin(name: str, request: Request) -> Response:
+        return await administer(service, request, PinAdapter(name))
+
+    @app.post("/v1/adapters/{name:path}/unpin")
+    async def unpin(name: str, request: Request) -> Response:
+        return await administer(service, request, UnpinAdapter(name))
+
+    @app.post("/v1/adapters/{name:path}/prefetch")
+    async def prefetch(name: str, request: Request) -> Response:
+        return await administer(service, request, PrefetchAdapter(name))
+
+
+def _add_metrics_route(app: FastAPI, scraper: Scraper) -> None:
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        return await scraper.answer(request)
 
 
 def _add_health_routes(app: FastAPI, client: EngineClient) -> None:

@@ -23,7 +23,7 @@ from loraswarm.server.choices import (
 from loraswarm.server.envelope import Envelope
 from loraswarm.server.prompts import chat_prompt
 from loraswarm.server.sampling import chat_params
-from loraswarm.server.schema import ChatBody, read_body
+from loraswarm.server.schema import ChatBody, read_generation
 from loraswarm.server.service import Service
 from loraswarm.server.streaming import open_stream, unless_disconnected
 from loraswarm.text.generation import TextDelta
@@ -33,7 +33,7 @@ ROLE = {"role": "assistant", "content": ""}
 
 async def create_chat_completion(service: Service, request: Request) -> Response:
     """Answer one request; its engine requests are aborted if the client goes."""
-    body = await read_body(request, ChatBody)
+    body = await read_generation(request, ChatBody)
     if body.stream and body.prompt_logprobs is not None:
         raise InvalidRequest("prompt_logprobs cannot be streamed", "prompt_logprobs")
     chosen = service.choose(body.model, body.weighted_adapters())
@@ -43,7 +43,7 @@ async def create_chat_completion(service: Service, request: Request) -> Response
     generation = plan_generation(
         service, envelope.response_id, [prompt], chat_params(body), chosen, body.n
     )
-    envelope.num_prompt_tokens = generation.num_prompt_tokens
+    envelope.generation = generation
     writer = _Writer(service, body, envelope)
     if body.stream:
         return await open_stream(request, writer.chunks(generation))

@@ -12,14 +12,15 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from loraswarm.core.events import FinishReason, TokenLogprob
+from loraswarm.core.events import FinishReason, ReportedError, TokenLogprob
 from loraswarm.core.request import Request, SamplingParams, check_context
 from loraswarm.errors import InvalidRequest
-from loraswarm.server.errors import UNFINISHED, ReportedError
+from loraswarm.server.errors import UNFINISHED
+from loraswarm.server.metrics import RequestWatch
 from loraswarm.server.prompts import Prompt
 from loraswarm.server.sampling import choice_seed
 from loraswarm.server.service import AdapterChoice, Service
-from loraswarm.text.generation import TextDelta, stream_text
+from loraswarm.text.generation import TextDelta, TextStream
 from loraswarm.text.tokenizer import check_token_ids
 
 MAX_CHOICES = 2048
@@ -27,11 +28,12 @@ MAX_CHOICES = 2048
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One answer to one prompt; `index` is its place in the response."""
+    """One answer to one prompt; `index` is its place in the response, `watch` counts it."""
 
     index: int
     prompt: Prompt
     request: Request
+    watch: RequestWatch
 
 
 @dataclass(slots=True)
@@ -71,6 +73,12 @@ class Generation:
         """Tokens of the prompts, each counted once."""
         return sum(len(c.prompt.token_ids) for c in self.choices[:: self.num_per_prompt])
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Those of `num_prompt_tokens` whose K and V were cached when each prompt's first choice
+        began; further choices find what the first has left, which nobody saved."""
+        return sum(c.watch.num_cached_tokens for c in self.choices[:: self.num_per_prompt])
+
 
 def plan_generation(
     service: Service,
@@ -97,7 +105,7 @@ def plan_generation(
                 adapters=chosen.adapters,
                 arrival_s=time.monotonic(),
             )
-            choices.append(Choice(index, prompt, request))
+            choices.append(Choice(index, prompt, request, service.metrics.watch(request)))
     return Generation(
         response_id=response_id, choices=tuple(choices), num_per_prompt=num_per_prompt
     )
@@ -136,10 +144,16 @@ async def collect_answers(service: Service, generation: Generation) -> list[Answ
 async def _run_one(
     service: Service, choice: Choice
 ) -> AsyncGenerator[tuple[Choice, TextDelta], None]:
-    stream = stream_text(service.client, choice.request, service.tokenizer)
-    async with aclosing(stream) as deltas:
-        async for delta in deltas:
-            yield choice, delta
+    """As text.generation.stream_text, with every event told to the choice's watch."""
+    stream = TextStream(service.tokenizer, choice.request)
+    with choice.watch as watch:
+        async with aclosing(service.client.generate(choice.request)) as events:
+            async for event in events:
+                delta = stream.push(event)
+                watch.saw(event, delta)
+                yield choice, delta
+                if delta.finish_reason is not None:
+                    return
 
 
 async def _run_many(

@@ -23,7 +23,7 @@ from loraswarm.server.choices import (
 from loraswarm.server.envelope import Envelope
 from loraswarm.server.prompts import completion_prompts
 from loraswarm.server.sampling import completion_params
-from loraswarm.server.schema import CompletionBody, read_body
+from loraswarm.server.schema import CompletionBody, read_generation
 from loraswarm.server.service import Service
 from loraswarm.server.streaming import open_stream, unless_disconnected
 from loraswarm.text.generation import TextDelta
@@ -31,7 +31,7 @@ from loraswarm.text.generation import TextDelta
 
 async def create_completion(service: Service, request: Request) -> Response:
     """Answer one request; its engine requests are aborted if the client goes."""
-    body = await read_body(request, CompletionBody)
+    body = await read_generation(request, CompletionBody)
     if body.stream and body.prompt_logprobs is not None:
         raise InvalidRequest("prompt_logprobs cannot be streamed", "prompt_logprobs")
     vocab_size = service.client.info.vocab_size
@@ -41,7 +41,7 @@ async def create_completion(service: Service, request: Request) -> Response:
     generation = plan_generation(
         service, envelope.response_id, prompts, completion_params(body), chosen, body.n
     )
-    envelope.num_prompt_tokens = generation.num_prompt_tokens
+    envelope.generation = generation
     writer = _Writer(service, body, envelope)
     if body.stream:
         return await open_stream(request, writer.chunks(generation))

@@ -8,16 +8,17 @@ from typing import Any
 
 import msgspec
 
+from loraswarm.server.choices import Generation
 from loraswarm.server.schema import GenerationBody
 from loraswarm.server.streaming import DONE, as_event
 
 
 class Envelope:
-    """One response to `body`; its user counts the tokens of all choices here."""
+    """One response to `body`; its user sets `generation` and counts the tokens of all choices."""
 
     def __init__(self, kind: str, id_prefix: str, body: GenerationBody) -> None:
         self.response_id = f"{id_prefix}-{uuid.uuid4().hex}"
-        self.num_prompt_tokens = 0
+        self.generation: Generation | None = None
         self.num_completion_tokens = 0
         self._kind = kind
         self._body = body
@@ -49,9 +50,12 @@ class Envelope:
             "choices": choices,
         }
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
+        assert self.generation is not None
+        num_prompt_tokens = self.generation.num_prompt_tokens
         return {
-            "prompt_tokens": self.num_prompt_tokens,
+            "prompt_tokens": num_prompt_tokens,
             "completion_tokens": self.num_completion_tokens,
-            "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
+            "total_tokens": num_prompt_tokens + self.num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.generation.num_cached_tokens},
         }

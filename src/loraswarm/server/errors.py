@@ -5,7 +5,7 @@ The one place where exceptions become HTTP responses. Used by app, streaming and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from loraswarm.core.events import ErrorInfo
 from loraswarm.errors import EngineError, LoRASwarmError, UnknownAdapter
 
+Handler = Callable[[Request, Exception], Awaitable[Response]]
 CLIENT_CLOSED_REQUEST = 499
 CODE_OF_TYPE = {
     UnknownAdapter.error_type: "model_not_found",
@@ -27,22 +28,6 @@ UNFINISHED = ErrorInfo(
     EngineError.error_type,
     503,
 )
-
-
-class ReportedError(LoRASwarmError):
-    """An error that came from the engine as data."""
-
-    def __init__(self, info: ErrorInfo) -> None:
-        super().__init__(info.message)
-        self.info = info
-
-
-def error_info(error: LoRASwarmError) -> ErrorInfo:
-    """`error` as plain data."""
-    if isinstance(error, ReportedError):
-        return error.info
-    param = getattr(error, "param", None)
-    return ErrorInfo(str(error), error.error_type, error.http_status, param)
 
 
 def error_body(info: ErrorInfo) -> bytes:
@@ -65,21 +50,36 @@ def error_response(info: ErrorInfo, headers: Mapping[str, str] | None = None) ->
     return Response(error_body(info), info.http_status, headers, "application/json")
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Every failure of `app` answers in OpenAI's shape, unknown paths and our bugs included."""
-    app.add_exception_handler(LoRASwarmError, _on_known_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_bug)
+def retry_headers(error: LoRASwarmError) -> dict[str, str] | None:
+    """Retry-After where trying again can help."""
+    if error.http_status not in RETRY_STATUSES:
+        return None
+    return {"Retry-After": str(getattr(error, "retry_after_s", 1))}
+
+
+def install_error_handlers(app: FastAPI, count: Callable[[int], None]) -> None:
+    """Every failure of `app` answers in OpenAI's shape, unknown paths and our bugs included.
+
+    `count` is told the status of each.
+    """
+
+    def counted(handler: Handler) -> Handler:
+        async def answer(request: Request, error: Exception) -> Response:
+            response = await handler(request, error)
+            count(response.status_code)
+            return response
+
+        return answer
+
+    app.add_exception_handler(LoRASwarmError, counted(_on_known_error))
+    app.add_exception_handler(HTTPException, counted(_on_http_error))
+    app.add_exception_handler(ClientDisconnect, counted(_on_disconnect))
+    app.add_exception_handler(Exception, counted(_on_bug))
 
 
 async def _on_known_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, LoRASwarmError)
-    info = error_info(error)
-    if info.http_status not in RETRY_STATUSES:
-        return error_response(info)
-    retry_after_s = getattr(error, "retry_after_s", 1)
-    return error_response(info, {"Retry-After": str(retry_after_s)})
+    return error_response(ErrorInfo.of(error), retry_headers(error))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

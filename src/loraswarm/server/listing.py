@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from fastapi.responses import Response
 
+from loraswarm.core.client import AdapterSummary, EngineInfo, served_names
 from loraswarm.errors import UnknownAdapter
 from loraswarm.server.service import Service
 
@@ -18,29 +19,35 @@ def list_models(service: Service) -> Response:
 
 def show_model(service: Service, name: str) -> Response:
     """One entry of the list. Raises UnknownAdapter."""
-    for entry in _entries(service):
-        if entry["id"] == name:
-            return _json(entry)
-    raise UnknownAdapter(name, service.model_names())
+    info = service.client.info
+    if name == info.model:
+        return _json(_entry(service, info, name, None))
+    adapter = service.client.adapters.get(name)
+    if adapter is None or adapter.refusal is not None:
+        raise UnknownAdapter(name, service.model_names())
+    return _json(_entry(service, info, name, adapter))
 
 
 def _entries(service: Service) -> list[dict[str, Any]]:
     info = service.client.info
-    served = [adapter for adapter in info.adapters if adapter.refusal is None]
-    places: list[tuple[str, str, str | None]] = [(info.model, info.model_path, None)]
-    places += [(adapter.name, adapter.path, info.model) for adapter in served]
-    return [
-        {
-            "id": name,
-            "object": "model",
-            "created": service.created_s,
-            "owned_by": "loraswarm",
-            "root": root,
-            "parent": parent,
-            "max_model_len": info.max_model_len,
-        }
-        for name, root, parent in places
-    ]
+    adapters = service.client.adapters
+    served = [_entry(service, info, name, adapters[name]) for name in served_names(adapters)]
+    return [_entry(service, info, info.model, None), *served]
+
+
+def _entry(
+    service: Service, info: EngineInfo, name: str, adapter: AdapterSummary | None
+) -> dict[str, Any]:
+    """An adapter, or the base model."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created_s,
+        "owned_by": "loraswarm",
+        "root": info.model_path if adapter is None else adapter.path,
+        "parent": None if adapter is None else info.model,
+        "max_model_len": info.max_model_len,
+    }
 
 
 def _json(body: dict[str, Any]) -> Response:

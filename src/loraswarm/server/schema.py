@@ -1,4 +1,4 @@
-"""The JSON bodies of completions and chat: every field named, typed, and refused if unknown.
+"""The JSON bodies: every field named, typed, and refused if unknown.
 
 Ranges are checked by SamplingParams, what refers to the model by prompts and choices.
 """
@@ -16,18 +16,21 @@ from loraswarm.server.fields import drop_inert_fields
 
 MAX_BODY_BYTES = 64 << 20
 MAX_SHOWN_CHARACTERS = 80
-Body = TypeVar("Body", bound="GenerationBody")
+Body = TypeVar("Body", bound="StrictBody")
+Generation = TypeVar("Generation", bound="GenerationBody")
 
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-class _Strict(BaseModel):
+class StrictBody(BaseModel):
+    """Takes no unknown field and turns no value into another type."""
+
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
-class StreamOptions(_Strict):
+class StreamOptions(StrictBody):
     """`include_obfuscation` asks for padding against eavesdroppers; there is none to turn off."""
 
     include_usage: bool = False
@@ -35,14 +38,14 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
-class AdapterEntry(_Strict):
+class AdapterEntry(StrictBody):
     """One adapter of a weighted sum."""
 
     name: str
     weight: float = 1.0
 
 
-class GenerationBody(_Strict):
+class GenerationBody(StrictBody):
     """What both endpoints accept. A field left at None takes the default of SamplingParams."""
 
     model: str
@@ -109,12 +112,12 @@ class ChatBody(GenerationBody):
     add_special_tokens: bool = False
 
 
-async def read_body(request: Request, model: type[Body]) -> Body:
-    """The checked body of `request`.
+async def read_generation(request: Request, model: type[Generation]) -> Generation:
+    """The checked body of a request for text.
 
     Raises   InvalidRequest naming the field and its value.
     """
-    body = parse_body(await _read_bytes(request), model)
+    body = await read_body(request, model)
     if body.best_of is not None and body.best_of != body.n:
         raise InvalidRequest(
             f"best_of is {body.best_of} and n is {body.n}; best_of is not supported, leave it out",
@@ -123,6 +126,14 @@ async def read_body(request: Request, model: type[Body]) -> Body:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream to be true", "stream_options")
     return body
+
+
+async def read_body(request: Request, model: type[Body]) -> Body:
+    """The body of `request`, a JSON object.
+
+    Raises   InvalidRequest naming the field and its value.
+    """
+    return parse_body(await read_bytes(request), model)
 
 
 def parse_body(raw: bytes, model: type[Body]) -> Body:
@@ -139,7 +150,8 @@ def parse_body(raw: bytes, model: type[Body]) -> Body:
         raise _invalid(error) from None
 
 
-async def _read_bytes(request: Request) -> bytes:
+async def read_bytes(request: Request) -> bytes:
+    """The whole body. Raises InvalidRequest beyond MAX_BODY_BYTES."""
     parts = []
     num_bytes = 0
     async for part in request.stream():

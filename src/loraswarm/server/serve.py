@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from loraswarm.config import ServerConfig
-from loraswarm.core.client import EngineClient
+from loraswarm.core.client import EngineClient, served_names
 from loraswarm.errors import ConfigError
 from loraswarm.server.app import create_app
 from loraswarm.text.tokenizer import Tokenizer
@@ -145,7 +145,7 @@ def _ready_line(client: EngineClient, listener: socket.socket) -> str:
     info = client.info
     return (
         f"ready url={url_of(listener)} model={info.model} "
-        f"adapters={len(info.served_adapters())} max_model_len={info.max_model_len}"
+        f"adapters={len(served_names(client.adapters))} max_model_len={info.max_model_len}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What every endpoint needs: the engine, the tokenizer, and which names `model` may say.
+"""What every endpoint needs: the engine, the tokenizer, the metrics, which names `model` may say.
 
 Knows nothing about HTTP. Made once by `create_app`.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
-from loraswarm.core.client import EngineClient
+from loraswarm.core.client import EngineClient, served_names
 from loraswarm.core.request import check_adapters
 from loraswarm.errors import AdapterError, InvalidRequest, UnknownAdapter
+from loraswarm.server.metrics import RequestMetrics
 from loraswarm.text.tokenizer import Tokenizer
 
 
@@ -31,11 +31,11 @@ class Service:
     client: EngineClient
     tokenizer: Tokenizer
     created_s: int
+    metrics: RequestMetrics
 
     def model_names(self) -> list[str]:
         """The base model and the adapters that are served."""
-        info = self.client.info
-        return [info.model, *info.served_adapters()]
+        return [self.client.info.model, *served_names(self.client.adapters)]
 
     def adapter_of(self, model: str) -> str | None:
         """The adapter `model` names; None for the base model.
@@ -44,11 +44,11 @@ class Service:
         """
         if model == self.client.info.model:
             return None
-        if model not in self._refusals:
+        known = self.client.adapters.get(model)
+        if known is None:
             raise UnknownAdapter(model, self.model_names())
-        refusal = self._refusals[model]
-        if refusal is not None:
-            raise AdapterError(f"model {model!r} is not served: {refusal}")
+        if known.refusal is not None:
+            raise AdapterError(f"model {model!r} is not served: {known.refusal}")
         return model
 
     def choose(self, model: str, adapters: Sequence[tuple[str, float]]) -> AdapterChoice:
@@ -70,10 +70,3 @@ class Service:
                 raise InvalidRequest(f"adapters names {name!r}, the base model", "adapters")
         check_adapters(tuple(adapters))
         return AdapterChoice(adapters=tuple(adapters))
-
-    @cached_property
-    def _refusals(self) -> dict[str, str | None]:
-        """Why each known adapter is not served; None if it is, whatever else has its name."""
-        rows = self.client.info.adapters
-        refused = {row.name: row.refusal for row in rows if row.refusal is not None}
-        return refused | {row.name: None for row in rows if row.refusal is None}

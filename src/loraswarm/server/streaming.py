@@ -16,8 +16,9 @@ from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from loraswarm.core.events import ErrorInfo
 from loraswarm.errors import LoRASwarmError
-from loraswarm.server.errors import error_body, error_info
+from loraswarm.server.errors import error_body
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -86,7 +87,7 @@ class EventStream(Response):
             async for event in self._events:
                 await _send_body(send, event)
         except LoRASwarmError as error:
-            await _send_body(send, b"data: " + error_body(error_info(error)) + b"\n\n")
+            await _send_body(send, b"data: " + error_body(ErrorInfo.of(error)) + b"\n\n")
         await _send_body(send, b"", is_last=True)
 
 

@@ -1,0 +1,303 @@
+"""Carries out jobs: looks at stores, describes adapters, and makes images of them for host memory.
+
+Owns the stores, the scanner, the base's checkpoint and the host cache's files. Knows nothing about
+threads, sockets or requests. Called by engine/loader's threads, several at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from loraswarm.adapters.adapter import AdapterInfo
+from loraswarm.adapters.printable import quoted
+from loraswarm.adapters.reading import read_adapter, read_adapter_info
+from loraswarm.adapters.scanner import Scanner
+from loraswarm.adapters.stores import Found, Store, open_store
+from loraswarm.core.base_shape import BaseShape
+from loraswarm.core.client import AdapterSummary
+from loraswarm.core.events import ErrorInfo
+from loraswarm.engine.loader_jobs import (
+    Job,
+    JobFailed,
+    Loaded,
+    LoadJob,
+    Located,
+    LocateJob,
+    Result,
+    ScanDone,
+    ScanJob,
+    Surveyed,
+    SurveyJob,
+    UnwatchJob,
+    WatchJob,
+    is_remote,
+)
+from loraswarm.errors import AdapterError, EngineError, LoRASwarmError, StoreError
+from loraswarm.memory.geometry import PageGeometry
+from loraswarm.memory.image import AdapterImage, Allocate, pack_adapter
+from loraswarm.memory.image_file import ImageFiles, image_signature
+from loraswarm.models.checkpoint_base import ConvertedBase
+
+MAX_FETCHES = 3
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """What a worker is made of; plain data, so that it can be made in another process.
+
+    `dtype_name` is the base's dtype in the engine, e.g. "bfloat16". Images are kept in files of
+    `host_cache_dir`, if given, up to `host_cache_bytes`. Remote adapters are downloaded to
+    `download_dir`, by default the system's place for temporary files, and removed when read.
+    """
+
+    roots: tuple[str, ...]
+    shape: BaseShape
+    geometry: PageGeometry
+    dtype_name: str
+    model_path: str
+    model_name: str
+    host_cache_dir: str | None = None
+    host_cache_bytes: int = 0
+    download_dir: str | None = None
+
+
+class LoadWorker:
+    """Does any job, in any thread; what is in a file harms its own job only.
+
+    `allocate` gives the memory of images. Raises ConfigError for a root that is no store, or a host
+    cache directory that cannot be used.
+    """
+
+    def __init__(self, spec: WorkerSpec, allocate: Allocate | None = None) -> None:
+        self._spec = spec
+        self._allocate = allocate or _host_memory
+        self._dtype: torch.dtype = getattr(torch, spec.dtype_name)
+        self._scanner = Scanner([open_store(root) for root in spec.roots])
+        self._base = ConvertedBase(Path(spec.model_path), spec.shape, self._dtype)
+        self._files = _image_files(spec)
+
+    def run(self, job: Job) -> Result | None:
+        """The job's result; None for jobs that have none. Never raises an Exception."""
+        try:
+            return self._run(job)
+        except Exception as error:  # whatever is in a file, it must harm its own job only
+            info = error_info(error, _what(job))
+            if isinstance(job, WatchJob | UnwatchJob):
+                log.error("loader job failed: %s", info.message)
+                return None
+            return JobFailed(job.job_id, info)
+
+    def close(self) -> None:
+        """Close the base's files."""
+        self._base.close()
+
+    def _run(self, job: Job) -> Result | None:
+        if isinstance(job, LoadJob):
+            return self._load(job)
+        if isinstance(job, SurveyJob):
+            return self._survey(job)
+        if isinstance(job, ScanJob):
+            return ScanDone(job.job_id, self._scanner.scan())
+        if isinstance(job, LocateJob):
+            return Located(job.job_id, self._scanner.locate(job.name, job.path))
+        if isinstance(job, WatchJob):
+            self._scanner.watch(job.found)
+        else:
+            self._scanner.unwatch(job.name)
+        return None
+
+    def _survey(self, job: SurveyJob) -> Surveyed:
+        rows: list[tuple[Found, AdapterSummary | str]] = []
+        skipped = []
+        for found in job.found:
+            if is_remote(found.location):
+                skipped.append(found)
+                continue
+            try:
+                rows.append((found, _summary(self._described(found, Path(found.location)))))
+            except Exception as error:  # this one is refused, the others are described
+                rows.append((found, error_info(error, _adapter(found)).message))
+        return Surveyed(job.job_id, tuple(rows), tuple(skipped))
+
+    def _load(self, job: LoadJob) -> Loaded:
+        found, clock = job.found, _Stopwatch()
+        image = self._image_in_file(found)
+        if image is not None:
+            return Loaded(
+                job_id=job.job_id,
+                image=image,
+                fetch_s=0.0,
+                read_s=clock.lap_s(),
+                pack_s=0.0,
+                num_file_bytes=0,
+                is_from_file=True,
+            )
+        with self._fetched(found) as (found, path):
+            fetch_s = clock.lap_s()
+            adapter = read_adapter(self._described(found, path), self._base, self._dtype)
+        read_s = clock.lap_s()
+        # A file must have every matrix of its adapter, whatever the host has now.
+        skip = job.shared if self._files is None else ()
+        image = pack_adapter(adapter, self._spec.shape, self._spec.geometry, self._allocate, skip)
+        image = _named(image, found)
+        warning = self._try_keep(found, image)
+        return Loaded(
+            job_id=job.job_id,
+            image=image,
+            fetch_s=fetch_s,
+            read_s=read_s,
+            pack_s=clock.lap_s(),
+            num_file_bytes=adapter.info.num_bytes,
+            warning=warning,
+        )
+
+    def _described(self, found: Found, path: Path) -> AdapterInfo:
+        if found.problem is not None:
+            raise AdapterError(f"{_adapter(found)}: {found.problem}")
+        return read_adapter_info(path, found.name, self._spec.shape)
+
+    def _image_in_file(self, found: Found) -> AdapterImage | None:
+        """The image in a file of the host cache, if it is of these very files."""
+        image = self._files.find(found.location, found.stamp) if self._files else None
+        if image is None or is_remote(found.location):
+            return image and _named(image, found)
+        # Files may have changed since they were found; looking again is cheap.
+        image = _named(image, found)
+        info = self._described(found, Path(found.location))
+        return image if info == image.info else None
+
+    @contextmanager
+    def _fetched(self, found: Found) -> Iterator[tuple[Found, Path]]:
+        """The adapter as it is now, and where it can be read until the block is left."""
+        store = self._scanner.store_of(found.location)
+        if not is_remote(found.location):
+            yield found, store.fetch(found, Path(found.location))
+            return
+        prefix, parent = "loraswarm-download-", self._spec.download_dir
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as place:
+            for number in range(MAX_FETCHES):
+                into = Path(place) / str(number)
+                into.mkdir()
+                path = store.fetch(found, into)
+                fetched_stamp, found = found.stamp, _as_it_is_now(found, store)
+                if found.stamp == fetched_stamp:
+                    _set_times(path, fetched_stamp)
+                    yield found, path
+                    return
+        raise StoreError(
+            f"{_adapter(found)} has changed {MAX_FETCHES} times while it was downloaded"
+        )
+
+    def _try_keep(self, found: Found, image: AdapterImage) -> str | None:
+        """Write the image to a file, if that is wanted; returns why it could not be written."""
+        if self._files is None:
+            return None
+        try:
+            self._files.write(found.location, found.stamp, image)
+        except OSError as error:
+            warning = f"image of {_adapter(found)} not kept in a file: {error.strerror or error}"
+            log.warning("%s", warning)
+            return warning
+        return None
+
+
+class _Stopwatch:
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def lap_s(self) -> float:
+        """Seconds since the last lap."""
+        begin, self._begin = self._begin, time.perf_counter()
+        return self._begin - begin
+
+
+def error_info(error: Exception, what: str) -> ErrorInfo:
+    """What the engine is told; a bug of ours goes to the log with its traceback."""
+    if isinstance(error, LoRASwarmError):
+        return ErrorInfo(str(error), error.error_type, error.http_status)
+    log.error("%s failed", what, exc_info=error)
+    message = f"{what} failed: {type(error).__name__} (see the log)"
+    return ErrorInfo(message, EngineError.error_type, EngineError.http_status)
+
+
+def _what(job: Job) -> str:
+    """A job as messages call it."""
+    if isinstance(job, LoadJob):
+        return f"loading {_adapter(job.found)}"
+    if isinstance(job, SurveyJob):
+        return f"describing {len(job.found)} adapters"
+    if isinstance(job, ScanJob):
+        return "scanning the stores"
+    name = job.found.name if isinstance(job, WatchJob) else job.name
+    return f"finding adapter {quoted(name)}"
+
+
+def _adapter(found: Found) -> str:
+    return f"adapter {quoted(found.name)}"
+
+
+def _summary(info: AdapterInfo) -> AdapterSummary:
+    return AdapterSummary(
+        name=info.name,
+        path=str(info.path),
+        method=info.method,
+        max_rank=info.max_rank,
+        num_bytes=info.num_bytes,
+        digest=info.digest,
+        file_format=info.file_format,
+    )
+
+
+def _named(image: AdapterImage, found: Found) -> AdapterImage:
+    """The image under the name and place of `found`: files may be served by several names, and
+    downloads lie elsewhere."""
+    info = dataclasses.replace(image.info, name=found.name, path=Path(found.location))
+    return dataclasses.replace(image, info=info)
+
+
+def _as_it_is_now(found: Found, store: Store) -> Found:
+    now = store.locate(found.location)
+    if now is None:
+        raise StoreError(f"{_adapter(found)}: {found.location} is of no store any more")
+    return dataclasses.replace(found, stamp=now.stamp)
+
+
+def _set_times(path: Path, stamp: str) -> None:
+    """Give downloaded files a time that follows from the stamp: digests, which have it, are then
+    the same each time the same content is downloaded."""
+    digest = hashlib.blake2b(stamp.encode(), digest_size=7).digest()
+    time_ns = int.from_bytes(digest)
+    for file in [path, *path.rglob("*")]:
+        os.utime(file, ns=(time_ns, time_ns))
+
+
+def _host_memory(num_bytes: int) -> np.ndarray:
+    return np.empty(num_bytes, dtype=np.uint8)
+
+
+def _image_files(spec: WorkerSpec) -> ImageFiles | None:
+    if spec.host_cache_dir is None:
+        return None
+    base = _base_identity(Path(spec.model_path))
+    signature = image_signature(spec.shape, spec.geometry, spec.dtype_name, base)
+    return ImageFiles(Path(spec.host_cache_dir), signature, spec.host_cache_bytes)
+
+
+def _base_identity(path: Path) -> str:
+    """Changes whenever a file of the base does: some methods compute with its weights."""
+    files = sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+    status = [(file.name, file.stat()) for file in files]
+    return repr([(name, found.st_size, found.st_mtime_ns) for name, found in status])
