@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,15 @@ def described(path: Path, found: Found) -> AdapterInfo:
 
 def num_descriptors(pid: int | str = "self") -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def num_open_images(pid: int | str = "self") -> int:
+    """Open memory files of images."""
+    links = 0
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            links += "loraswarm-image" in os.readlink(f"/proc/{pid}/fd/{name}")
+    return links
 
 
 def num_mappings_of_images(pid: int | str = "self") -> int:

@@ -18,7 +18,7 @@ from adapter_factory import CONFIG_FILE, WEIGHTS_FILE, save_random_adapter, writ
 from engine_factory import save_swarm
 from locked_files import lock
 from loraswarm.__main__ import main
-from loraswarm.adapters.catalog import Catalog
+from loraswarm.adapters.describing import scan_now
 from loraswarm.commands import adapters as adapters_command
 from loraswarm.commands import generate as generate_command
 from loraswarm.commands.adapters import CheckOptions, check
@@ -176,8 +176,7 @@ def test_check_finds_and_names_what_the_server_does(swarm, tmp_path, capsys):
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert code == 1
     shape = decoder_config(read_config(swarm / "model")).shape()
-    catalog = Catalog([str(tmp_path)], shape)
-    catalog.scan()
+    catalog = scan_now([str(tmp_path)], shape)
     served = {summary.name: summary.refusal for summary in catalog.summaries()}
     assert {name: row["reason"] for name, row in rows.items()} == served
     assert {name for name, row in rows.items() if row["verdict"] == "ok"} == {"good", "mine.nemo"}

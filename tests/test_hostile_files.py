@@ -19,8 +19,8 @@ import yaml
 
 from adapter_factory import CONFIG_FILE, SMALL_SHAPE, WEIGHTS_FILE, save_random_adapter
 from loraswarm.adapters.bounded_yaml import MAX_YAML_BYTES, read_yaml
-from loraswarm.adapters.catalog import Catalog
 from loraswarm.adapters.config_keys import ConfigKeys
+from loraswarm.adapters.describing import scan_now
 from loraswarm.adapters.expression_cost import MAX_WAYS, num_ways
 from loraswarm.adapters.reading import read_adapter_info
 from loraswarm.adapters.tar_directory import MAX_MEMBERS, read_tar
@@ -407,7 +407,6 @@ def test_one_hostile_directory_hides_no_good_one(tmp_path):
         path.mkdir()
         (path / CONFIG_FILE).write_text(json.dumps(CONFIG))
         (path / WEIGHTS_FILE).write_bytes(content)
-    catalog = Catalog([str(tmp_path)], SMALL_SHAPE)
-    catalog.scan()
+    catalog = scan_now([str(tmp_path)], SMALL_SHAPE)
     assert list(catalog.served) == ["good"]
-    assert len(catalog.refused) == len(HOSTILE_SAFETENSORS)
+    assert len(catalog.refusals) == len(HOSTILE_SAFETENSORS)

@@ -185,6 +185,16 @@ def test_a_shared_matrix_is_kept_once_and_leaves_with_its_last_user():
     assert memory.pool.num_owned("adapter") < with_all
 
 
+def test_shared_matrices_of_a_pinned_adapter_need_not_be_loaded_and_those_of_an_idle_one_may():
+    memory = Memory.of_pages(200, SHAPE, GEOMETRY)
+    first, second = vera("first", SHAPE, 24), vera("second", SHAPE, 24)
+    memory.adapters.pin(first)
+    memory.adapters.finish_load(first.key)
+    assert memory.adapters.num_load_pages(second) < memory.adapters.num_pages(second)
+    memory.adapters.unpin(first.key)
+    assert memory.adapters.num_load_pages(second) == memory.adapters.num_pages(second)
+
+
 def test_matrices_of_one_digest_but_other_sizes_are_kept_apart():
     memory = Memory.of_pages(200, SHAPE, GEOMETRY)
     large, small = (memory.adapters.pin(vera(f"r{rank}", SHAPE, rank)) for rank in (24, 7))

@@ -189,6 +189,21 @@ def run(memory, request_id, tokens, salt):
     memory.kv_cache.publish(request_id, tokens, len(tokens))
 
 
+def test_an_unpinned_adapter_stays_while_a_prefix_it_made_is_used():
+    memory = Memory.of_pages(64, SHAPE, GEOMETRY)
+    info = make_info("a")
+    salt = PrefixSalt(((info.key, 1.0),))
+    written(memory, info)
+    run(memory, "first", list(range(50)), salt)
+    memory.kv_cache.free("first")
+    assert memory.kv_cache.begin("begun, not pinned yet", list(range(50)), salt, 20) > 0
+    assert memory.adapters.num_idle_pages() == 0
+    assert evict_all(memory) == []
+    memory.check()
+    memory.kv_cache.free("begun, not pinned yet")
+    assert evict_all(memory) == [info.key]
+
+
 @pytest.mark.parametrize("policy", ["cost", "lru"])
 def test_a_cached_prefix_never_outlives_its_adapter(policy):
     memory = Memory.of_pages(64, SHAPE, GEOMETRY, MemoryOptions(policy=policy))
@@ -209,8 +224,23 @@ def test_a_cached_prefix_never_outlives_its_adapter(policy):
     assert memory.prefixes.total_evicted_pages == 6
 
 
+def test_an_adapter_that_comes_up_gives_its_prefixes_first_and_no_more_than_there_must_be():
+    memory = Memory.of_pages(64, SHAPE, GEOMETRY, MemoryOptions(clock=lambda: 0.0))
+    info = make_info("a")
+    written(memory, info)
+    for number in range(3):
+        run(memory, f"s{number}", [number] * 50, PrefixSalt(((info.key, 1.0),)))
+        memory.kv_cache.free(f"s{number}")
+    for num_pages in reversed(range(9)):
+        assert memory.order.lowest() == info.key, "its bytes are cheaper than those of its prefixes"
+        assert memory.make_room(memory.pool.num_free + 1) == []
+        assert memory.pool.num_owned("prefix") == num_pages
+        memory.check()
+    assert memory.make_room(memory.pool.num_free + 1) == [info.key]
+
+
 def test_an_adapter_is_worth_as_much_as_it_and_the_prefixes_it_made():
-    """Its prefixes are dear here and leave with it, so one without any leaves first."""
+    """Prefixes are dear here, and worth nothing without it; so one that made none leaves first."""
     memory = Memory.of_pages(64, SHAPE, GEOMETRY, MemoryOptions(clock=lambda: 0.0))
     memory.costs.saw_prefill(1, 1000.0)
     rich, poor = make_info("rich"), make_info("poor")

@@ -26,6 +26,7 @@ from adapter_factory import (
 from general_form import applied, check_equals_peft, logits_of, read
 from loraswarm.adapters.catalog import Catalog
 from loraswarm.adapters.convert import convert_to_peft
+from loraswarm.adapters.describing import scan_now
 from loraswarm.adapters.reading import read_adapter_info
 from loraswarm.adapters.source import open_source
 from loraswarm.core.base_shape import TARGETS
@@ -429,9 +430,7 @@ def test_a_failed_conversion_leaves_no_half_adapter(model, tmp_path):
 
 
 def catalog_of(root: Path, model) -> Catalog:
-    catalog = Catalog([str(root)], shape_of(model))
-    catalog.scan()
-    return catalog
+    return scan_now([str(root)], shape_of(model))
 
 
 def test_the_catalog_serves_a_directory_with_one_nemo_file(model, tmp_path):
@@ -439,7 +438,7 @@ def test_the_catalog_serves_a_directory_with_one_nemo_file(model, tmp_path):
     (tmp_path / "sql" / ".hidden.nemo").touch()
     catalog = catalog_of(tmp_path, model)
     assert list(catalog.served) == ["sql"]
-    assert not catalog.refused
+    assert not catalog.refusals
     assert [row.file_format for row in catalog.summaries()] == ["nemo"]
     assert list(catalog_of(tmp_path / "sql", model).served) == ["sql"]
 
@@ -454,7 +453,7 @@ def test_the_catalog_refuses_what_could_be_two_adapters(model, tmp_path):
     (tmp_path / "stray.nemo").write_bytes(content)
     catalog = catalog_of(tmp_path, model)
     assert list(catalog.served) == ["stray"]
-    reasons = {refused.name: refused.reason for refused in catalog.refused}
+    reasons = {refused.name: refused.reason for refused in catalog.refusals}
     assert "there are 2 .nemo files" in reasons["two"]
     assert "'a.nemo' lies beside 'adapter_config.json'" in reasons["both"]
     assert "move it into a directory of its own" in reasons["stray.nemo"]

@@ -213,6 +213,9 @@ def test_hits_are_counted_in_tokens():
     prefixes = simulation.memory.prefixes
     assert prefixes.total_asked_tokens == 2 * len(PROMPT)
     assert prefixes.total_hit_tokens == 3 * SIZE
+    simulation.running["second"].token_ids += [5] * SIZE
+    simulation.compute("second", len(PROMPT) + SIZE)
+    assert prefixes.total_asked_tokens == 2 * len(PROMPT), "once a start, not once a step"
 
 
 def test_dropping_an_adapter_frees_its_idle_pages_now_and_those_in_use_later():
@@ -250,3 +253,16 @@ def test_what_is_dropped_can_be_cached_again_while_the_old_pages_are_in_use():
     memory.check()
     assert cached_pages(simulation) == 3
     assert simulation.run("next", PROMPT, MIX_A) == 3 * SIZE
+
+
+def test_a_sequence_whose_prefix_was_dropped_caches_nothing_below_it():
+    simulation = make_simulation()
+    memory = simulation.memory
+    simulation.begin("running", PROMPT, MIX_A)
+    simulation.compute("running", SIZE)
+    memory.prefixes.drop_adapter(A.key)
+    simulation.compute("running", len(PROMPT))
+    memory.check()
+    assert cached_pages(simulation) == 1
+    simulation.end("running")
+    assert cached_pages(simulation) == 0

@@ -151,8 +151,9 @@ def test_preemption_at_any_step_changes_nothing(swarms):
     engine = make_engine(swarms["untied"].path)
 
     def preempt(step: int) -> None:
-        if step in (1, 2, 4, 7) and engine._scheduler._running:
-            engine._scheduler._preempt(engine._scheduler._running[step % 3])
+        running = engine._scheduler._running
+        if step % 3 == 1 and running:
+            engine._scheduler._preempt(running[step % len(running)])
 
     names = list(METHOD_CASES)
     requests = [

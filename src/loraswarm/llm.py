@@ -230,10 +230,11 @@ class LLM:
         self._engine.begin_command(command_id, command)
         while True:
             for answer in self._engine.take_answers():
-                if answer.command_id == command_id and isinstance(answer.result, ErrorInfo):
+                if answer.command_id != command_id:
+                    continue
+                if isinstance(answer.result, ErrorInfo):
                     raise ReportedError(answer.result)
-                if answer.command_id == command_id:
-                    return answer.result
+                return answer.result
             if not self._engine.has_work:
                 self._engine.wait(ADMINISTRATION_POLL_S)
             self._advance(may_wait=False)

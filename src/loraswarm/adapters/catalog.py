@@ -20,6 +20,7 @@ from loraswarm.adapters.unserved import (
     Refusal,
     Unserved,
     log_refusal,
+    no_log,
     shadow_refusal,
     unserved_summary,
 )
@@ -69,12 +70,14 @@ class Catalog:
     listings show of them stays.
     """
 
-    def __init__(self, model_name: str | None = None) -> None:
-        """`model_name` is the id of the base model, which no adapter may take."""
+    def __init__(self, model_name: str | None = None, is_logged: bool = True) -> None:
+        """`model_name` is the id of the base model, which no adapter may take. `is_logged` is about
+        what is refused."""
         self._model_name = model_name
         self._rows: dict[str, _Row] = {}
         self._pending: dict[str, Found] = {}
-        self._unserved = Unserved()
+        self._log = log_refusal if is_logged else no_log
+        self._unserved = Unserved(self._log)
         self._generations = Generations()
         self._described: dict[str, None] = {}
         self._touched: set[str] = set()
@@ -352,7 +355,7 @@ class Catalog:
         row.summary = replace(_undescribed_summary(row.entry), refusal=reason)
         self._described.pop(row.entry.name, None)
         self._touched.add(row.entry.name)
-        log_refusal(row.entry.name, row.entry.location, reason)
+        self._log(row.entry.name, row.entry.location, reason)
 
     def _row_of(self, entry: Entry) -> _Row | None:
         """The row of an entry that is still its name's."""

@@ -22,7 +22,9 @@ from loraswarm.errors import AdapterError, ConfigError
 _logger = logging.getLogger(__name__)
 
 
-def find_now(roots: Sequence[str], model_name: str | None = None) -> Catalog:
+def find_now(
+    roots: Sequence[str], model_name: str | None = None, is_logged: bool = True
+) -> Catalog:
     """A catalog of what is in the stores now, settled or not; nothing is described.
 
     Raises    ConfigError for a store that cannot be opened or listed.
@@ -30,7 +32,7 @@ def find_now(roots: Sequence[str], model_name: str | None = None) -> Catalog:
     change = Scanner([open_store(root) for root in roots], settle_s=0).scan()
     if change.failures:
         raise ConfigError(f"--adapters: {change.failures[0]}")
-    catalog = Catalog(model_name)
+    catalog = Catalog(model_name, is_logged)
     catalog.apply(change)
     return catalog
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import queue
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -59,14 +59,18 @@ class Patience:
 class RemoteFiles:
     """What is below a URL. Safe to use from several threads; connects when it is first asked."""
 
-    def __init__(self, url: str, patience: Patience) -> None:
+    def __init__(self, url: str, usual_names: Sequence[str], patience: Patience) -> None:
+        """`usual_names` are asked for where a web server gives no index."""
         self._url = url
+        self._usual_names = usual_names
         self._protocol = url.partition("://")[0]
         self._patience = patience
         self._lock = threading.Lock()
         self._shared: Any = None
 
-    def list(self, below: str, wanted: Callable[[str], bool], within_s: float) -> list[RemoteFile]:
+    def files_in(
+        self, below: str, wanted: Callable[[str], bool], within_s: float
+    ) -> list[RemoteFile]:
         """Files in the directory `below`, in directories of it too if `below` is "".
 
         Those with names that are not `wanted` may be left out.
@@ -75,8 +79,8 @@ class RemoteFiles:
         url = f"{self._url}/{below}".rstrip("/")
         fs = self._open()
         if self._protocol in ("http", "https"):
-            tree = _HttpTree(fs, url, wanted, has_directories=not below)
-            return _parse(url, self._wait(fs, tree.files(), within_s))
+            tree = _HttpTree(fs, url, wanted, self._usual_names)
+            return _parse(url, self._wait(fs, tree.files(is_deep=not below), within_s))
         root = fs._strip_protocol(url)
         options = {"refresh": True} if self._protocol == "hf" else {}
         listing = fs.ls if below else fs.find
@@ -133,24 +137,32 @@ class _HttpTree:
     """Files by the links of a server's index; without one, the wanted ones that are there."""
 
     def __init__(
-        self, fs: Any, url: str, wanted: Callable[[str], bool], has_directories: bool
+        self, fs: Any, url: str, wanted: Callable[[str], bool], usual_names: Sequence[str]
     ) -> None:
         self._fs = fs
         self._url = url
         self._wanted = wanted
-        self._has_directories = has_directories
+        self._usual_names = usual_names
         self._gate = asyncio.Semaphore(MAX_REQUESTS)
 
-    async def files(self) -> list[dict[str, Any]]:
-        links = await self._links(self._url)
-        if self._has_directories:
-            directories = [link for link in links if link.endswith("/")]
-            links += [
-                link for found in await self._each(self._links, directories) for link in found
-            ]
-        places = [link for link in links if self._wanted(unquote(link.rpartition("/")[2]))]
-        infos = await self._each(self._info, sorted(set(places)))
-        return [info for info in infos if info is not None]
+    async def files(self, is_deep: bool) -> list[dict[str, Any]]:
+        """Those of the directory, and of directories in it if `is_deep`.
+
+        Raises    FileNotFoundError if there is neither an index nor a file.
+        """
+        index = await self._links(self._url)
+        links = [] if index is None else index
+        directories = [link for link in links if link.endswith("/")] if is_deep else []
+        for found in await self._each(self._links, directories):
+            links = links + (found or [])
+        places = {link for link in links if self._wanted(unquote(link.rpartition("/")[2]))}
+        if index is None:
+            places = {f"{self._url}/{name}" for name in self._usual_names}
+        infos = await self._each(self._info, sorted(places))
+        there = [info for info in infos if info is not None]
+        if index is None and not there:
+            raise FileNotFoundError(self._url)
+        return there
 
     async def _each(self, do: Callable[[str], Awaitable[T]], urls: Iterable[str]) -> list[T]:
         async def one(url: str) -> T:
@@ -159,11 +171,11 @@ class _HttpTree:
 
         return await asyncio.gather(*(one(url) for url in urls))
 
-    async def _links(self, url: str) -> list[str]:
-        """Links of the index at a URL, none if there is none."""
+    async def _links(self, url: str) -> list[str] | None:
+        """Links of the index at a URL; None if there is none."""
         with contextlib.suppress(FileNotFoundError):
             return [item["name"] for item in await self._fs._ls(f"{url.rstrip('/')}/", detail=True)]
-        return []
+        return None
 
     async def _info(self, url: str) -> dict[str, Any] | None:
         session = await self._fs.set_session()

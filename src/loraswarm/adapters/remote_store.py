@@ -11,7 +11,7 @@ import errno
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit
@@ -45,7 +45,7 @@ class RemoteStore:
         _check_url(url)
         self._root = url.rstrip("/")
         self._patience = patience or Patience()
-        self._files = RemoteFiles(self._root, self._patience)
+        self._files = RemoteFiles(self._root, PEFT_FILES, self._patience)
 
     @property
     def root(self) -> str:
@@ -54,7 +54,7 @@ class RemoteStore:
     def look(self) -> list[Found]:
         """See `Store`. What is deeper than one directory is passed over."""
         files = self._ask(
-            self._patience.look_s, None, lambda left_s: self._files.list("", _is_part, left_s)
+            self._patience.look_s, None, lambda left_s: self._files.files_in("", _is_part, left_s)
         )
         tree: dict[str, dict[str, RemoteFile]] = {}
         for file in files:
@@ -84,10 +84,10 @@ class RemoteStore:
         deadline_s = time.monotonic() + self._patience.fetch_s
 
         def attempt(left_s: float) -> Path:
-            parts = self._unchanged(found, below)
+            parts = self._unchanged(found, below, left_s)
             for name, file in self._needed(found, parts, into).items():
                 self._download(file, into / name, deadline_s)
-            self._unchanged(found, below)
+            self._unchanged(found, below, max(deadline_s - time.monotonic(), 0.001))
             return into
 
         return self._ask(self._patience.fetch_s, found.name, attempt)
@@ -110,7 +110,7 @@ class RemoteStore:
 
         def attempt(left_s: float) -> list[RemoteFile]:
             try:
-                return self._files.list(below, _is_part, left_s)
+                return self._files.files_in(below, _is_part, left_s)
             except FileNotFoundError:
                 return []
 
@@ -133,8 +133,9 @@ class RemoteStore:
         stamp = _stamp({name: file})
         return Found(printable(name), f"{self._root}/{name}", stamp, problem)
 
-    def _unchanged(self, found: Found, below: str) -> _Files:
-        parts = self._parts_of(below, self._patience.look_s, found.name)
+    def _unchanged(self, found: Found, below: str, left_s: float) -> _Files:
+        """Its files, if they are those that were found."""
+        parts = self._parts_of(below, min(left_s, self._patience.look_s), found.name)
         if _stamp(parts) == found.stamp:
             return parts
         what = "has changed since it was found" if parts else "is not there any more"

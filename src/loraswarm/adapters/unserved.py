@@ -6,7 +6,7 @@ Owns these two tables; knows nothing of what is served instead. Used by the cata
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from loraswarm.core.client import AdapterSummary
 MAX_UNLOADED = 100_000
 _logger = logging.getLogger(__name__)
 _Place = tuple[str, str]
+Log = Callable[[str, str, str], None]
+"""Takes a name, a location and a reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,8 @@ class Refusal:
 class Unserved:
     """Finds by (name, location). Those shadowed have the name of one that goes first."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: Log) -> None:
+        self._log = log
         self._shadowed: dict[_Place, Found] = {}
         self._unloaded: dict[str, dict[str, Found]] = {}
 
@@ -47,7 +50,7 @@ class Unserved:
         if self.was_unloaded(found):
             return
         shadow = self._shadowed[_place(found)] = replace(found, shadowed_by=owner)
-        log_refusal(found.name, found.location, shadow_refusal(shadow).reason)
+        self._log(found.name, found.location, shadow_refusal(shadow).reason)
 
     def unshadow(self, found: Found) -> bool:
         """It is no shadow from now on; whether it was one."""
@@ -117,6 +120,10 @@ def unserved_summary(found: Found, reason: str) -> AdapterSummary:
 def log_refusal(name: str, location: str, reason: str) -> None:
     """One line for what is there and not served."""
     _logger.warning("adapter refused name=%r path=%r reason=%r", name, printable(location), reason)
+
+
+def no_log(name: str, location: str, reason: str) -> None:
+    """Where another catalog logs the same."""
 
 
 def _place(found: Found) -> _Place:

@@ -17,12 +17,14 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from loraswarm.adapters.adapter import AdapterInfo
-from loraswarm.adapters.catalog import adapter_paths, check_entry, printable, refusal_reason
 from loraswarm.adapters.config_keys import ConfigKeys
+from loraswarm.adapters.describing import refusal_reason
+from loraswarm.adapters.local_store import adapter_paths, check_entry
 from loraswarm.adapters.methods import method_of
 from loraswarm.adapters.printable import quoted
 from loraswarm.adapters.reading import describe, read_adapter
 from loraswarm.adapters.source import NEMO_SUFFIX, AdapterSource, errors_name, open_source
+from loraswarm.adapters.stores import printable
 from loraswarm.commands.adapter_base import CheckedBase, WeightsNotAtHand
 from loraswarm.commands.adapter_path import adapter_path
 from loraswarm.commands.adapter_report import CheckedAdapter, as_json, as_table, facts_of

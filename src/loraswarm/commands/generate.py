@@ -7,9 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-from loraswarm.adapters.catalog import Catalog, adapter_paths, printable
 from loraswarm.adapters.config_keys import CONFIG_FILE
+from loraswarm.adapters.describing import describe_entries, find_now
+from loraswarm.adapters.local_store import adapter_paths
 from loraswarm.adapters.source import NEMO_SUFFIX
+from loraswarm.adapters.stores import printable
 from loraswarm.commands.adapter_path import adapter_path
 from loraswarm.config import EngineConfig
 from loraswarm.core.request import SamplingParams
@@ -75,8 +77,8 @@ def _directory(adapter: str) -> Path:
 def _require_served(name: str, roots: tuple[str, ...], config: EngineConfig) -> None:
     """Raise what the engine would raise for the adapter once the base is loaded."""
     shape = decoder_config(read_config(resolve_model(config.model, CONFIG_FILES))).shape()
-    catalog = Catalog(roots, shape, config.model_name)
-    catalog.scan(is_logged=False)
+    catalog = find_now(roots, config.model_name, is_logged=False)
+    describe_entries(catalog, [catalog.resolve(name)], shape)
     catalog.resolve(name)
 
 

@@ -7,6 +7,7 @@ so that the engine's steps do not wait for it.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -14,10 +15,12 @@ import signal
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    from loraswarm.engine.loader_frames import MemoryFiles
     from loraswarm.engine.loader_jobs import Result
     from loraswarm.engine.loader_worker import WorkerSpec
 
@@ -71,20 +74,21 @@ def serve(connection: socket.socket) -> None:
     from loraswarm.engine.loader_worker import LoadWorker, error_info
 
     torch.set_num_threads(1)
-    files = MemoryFiles()
     lock = threading.Lock()
     spec: WorkerSpec = receive(connection)
 
     def deliver(result: Result) -> None:
-        try:
-            frame = Frame(result, files)
-        except Exception as error:
-            frame = Frame(JobFailed(result.job_id, error_info(error, "handing over a result")))
-        with lock, suppress(ConnectionError):  # `serve` sees that the other end has closed
-            frame.send(connection)
+        with MemoryFiles() as files:
+            try:
+                frame = Frame(_moved(result, files), files)
+            except Exception as error:
+                info = error_info(error, "handing over a result")
+                frame = Frame(JobFailed(result.job_id, info))
+            with lock, suppress(ConnectionError):  # `serve` sees that the other end has closed
+                frame.send(connection)
 
     try:
-        worker = LoadWorker(spec, files.allocate)
+        worker = LoadWorker(spec)
     except Exception as error:
         Frame(error_info(error, "starting the loader")).send(connection)
         return
@@ -95,6 +99,20 @@ def serve(connection: socket.socket) -> None:
             threads.submit(receive(connection))
     if spec.download_dir is not None:
         shutil.rmtree(spec.download_dir, ignore_errors=True)
+
+
+def _moved(result: Result, files: MemoryFiles) -> Result:
+    """The result with its image in files; the time for that is part of packing it."""
+    from loraswarm.engine.loader_jobs import Loaded
+
+    if not isinstance(result, Loaded):
+        return result
+    begin = time.perf_counter()
+    for array in (result.image.own, *result.image.shared.values()):
+        if array.nbytes:
+            files.add(array)
+    pack_s = result.pack_s + time.perf_counter() - begin
+    return dataclasses.replace(result, pack_s=pack_s)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,21 @@
 """Jobs and results over a socket between the engine's process and its loader's, images as files.
 
 A frame is a pickle, which is safe here: the other end is a process that we started from this code,
-and what is in an adapter's files travels as plain bytes. Arrays stay where they are: a descriptor
-of their memory is passed, and the other process maps it. Knows no jobs. Used by engine/loader_child
+and what is in an adapter's files travels as plain bytes. Arrays go into memory files, whose
+descriptors are passed, and are mapped at the other end. Knows no jobs. Used by engine/loader_child
 and engine/loader_process.
 """
 
 from __future__ import annotations
 
 import io
-import mmap
 import os
 import pickle
 import socket
 import struct
 import tempfile
-import threading
-import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -26,54 +23,51 @@ from loraswarm.memory.mapping import map_file
 
 _HEADER = struct.Struct("<QI")
 _MAX_DESCRIPTORS = 128  # in one message; Linux takes 253
+_WRITE_BYTES = 1 << 20
 Adopt = Callable[[np.ndarray], np.ndarray]
 
 
 class MemoryFiles:
-    """Memory that other processes can map: each allocation is a file without a name.
+    """Copies of arrays in memory that another process can map: files without a name.
 
-    It is closed when the last array over it goes here; who has mapped it keeps the bytes.
+    A context manager, which closes them; who has mapped one keeps the bytes.
     """
 
     def __init__(self) -> None:
-        self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self.descriptors: list[int] = []
+        self._numbers: dict[int, int] = {}
+        self._arrays: list[np.ndarray] = []  # an id is one only while its array lives
 
-    def allocate(self, num_bytes: int) -> np.ndarray:
-        """Cleared memory of that many bytes, at least one: uint8."""
-        descriptor = _open_unnamed()
-        try:
-            os.ftruncate(descriptor, num_bytes)
-            array = np.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=np.uint8)
-        except BaseException:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self.descriptors:
             os.close(descriptor)
-            raise
-        address = array.ctypes.data
-        with self._lock:
-            self._descriptors[address] = descriptor
-        weakref.finalize(array, self._close, address)
-        return array
+        self.descriptors.clear()
 
-    def descriptor_of(self, array: np.ndarray) -> int | None:
-        """The file of an array, if it is the whole of an allocation."""
-        with self._lock:
-            return self._descriptors.get(array.ctypes.data)
-
-    def _close(self, address: int) -> None:
-        with self._lock:
-            os.close(self._descriptors.pop(address))
+    def add(self, array: np.ndarray) -> int:
+        """The number of the array's file; copied at the first time. Raises OSError."""
+        assert array.dtype == np.uint8
+        assert array.ndim == 1
+        number = self._numbers.get(id(array))
+        if number is None:
+            number = self._numbers[id(array)] = len(self.descriptors)
+            self._arrays.append(array)
+            self.descriptors.append(_open_unnamed())
+            _write(self.descriptors[number], array)
+        return number
 
 
 class Frame:
-    """An object ready to be sent. Arrays in it need `files`; those elsewhere are copied there."""
+    """An object ready to be sent; arrays in it become `files`, which stay open until it is sent."""
 
     def __init__(self, item: object, files: MemoryFiles | None = None) -> None:
         """Raises what pickling raises; OSError if there is no memory or descriptor for an array."""
         buffer = io.BytesIO()
-        pickler = _Pickler(buffer, files)
-        pickler.dump(item)
+        _Pickler(buffer, files).dump(item)
         self._pickled = buffer.getbuffer()
-        self._arrays = pickler.arrays
+        self._files = files
 
     def send(self, connection: socket.socket) -> None:
         """Send it; one thread at a time.
@@ -82,7 +76,7 @@ class Frame:
 
         Raises    OSError, when the other end has closed; the connection is of no more use then.
         """
-        descriptors = [descriptor for descriptor, _ in self._arrays]
+        descriptors = self._files.descriptors if self._files else []
         connection.sendall(_HEADER.pack(len(self._pickled), len(descriptors)))
         for first in range(0, len(descriptors), _MAX_DESCRIPTORS):
             socket.send_fds(connection, [b"\0"], descriptors[first : first + _MAX_DESCRIPTORS])
@@ -113,27 +107,15 @@ def receive(connection: socket.socket, adopt: Adopt = lambda array: array) -> An
 
 
 class _Pickler(pickle.Pickler):
-    """Keeps `arrays` alive until they are sent."""
-
     def __init__(self, buffer: io.BytesIO, files: MemoryFiles | None) -> None:
         super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
         self._files = files
-        self.arrays: list[tuple[int, np.ndarray]] = []
 
     def persistent_id(self, item: object) -> tuple[int, int] | None:
         if not isinstance(item, np.ndarray) or item.nbytes == 0:
             return None
         assert self._files is not None, "no place for an array"
-        assert item.dtype == np.uint8
-        assert item.ndim == 1
-        descriptor = self._files.descriptor_of(item)
-        if descriptor is None:
-            copy = self._files.allocate(item.nbytes)
-            copy[:] = item
-            item, descriptor = copy, self._files.descriptor_of(copy)
-            assert descriptor is not None
-        self.arrays.append((descriptor, item))
-        return len(self.arrays) - 1, item.nbytes
+        return self._files.add(item), item.nbytes
 
 
 class _Unpickler(pickle.Unpickler):
@@ -156,6 +138,14 @@ def _receive_exactly(connection: socket.socket, num_bytes: int) -> bytearray:
             raise EOFError
         left = left[count:]
     return received
+
+
+def _write(descriptor: int, array: np.ndarray) -> None:
+    """Writing takes less time than copying to a mapping, which stops at each new page."""
+    os.ftruncate(descriptor, array.nbytes)
+    begin = 0
+    while begin < array.nbytes:
+        begin += os.pwrite(descriptor, array.data[begin : begin + _WRITE_BYTES], begin)
 
 
 def _open_unnamed() -> int:

@@ -46,7 +46,7 @@ from loraswarm.engine.loader_jobs import (
 )
 from loraswarm.errors import AdapterError, EngineError, LoRASwarmError, StoreError
 from loraswarm.memory.geometry import PageGeometry
-from loraswarm.memory.image import AdapterImage, Allocate, pack_adapter
+from loraswarm.memory.image import AdapterImage, pack_adapter
 from loraswarm.memory.image_file import ImageFiles, image_signature
 from loraswarm.models.checkpoint_base import ConvertedBase
 
@@ -77,13 +77,11 @@ class WorkerSpec:
 class LoadWorker:
     """Does any job, in any thread; what is in a file harms its own job only.
 
-    `allocate` gives the memory of images. Raises ConfigError for a root that is no store, or a host
-    cache directory that cannot be used.
+    Raises    ConfigError for a root that is no store and for an unusable host cache directory.
     """
 
-    def __init__(self, spec: WorkerSpec, allocate: Allocate | None = None) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
-        self._allocate = allocate or _host_memory
         self._dtype: torch.dtype = getattr(torch, spec.dtype_name)
         self._scanner = Scanner([open_store(root) for root in spec.roots])
         self._base = ConvertedBase(Path(spec.model_path), spec.shape, self._dtype)
@@ -151,7 +149,7 @@ class LoadWorker:
         read_s = clock.lap_s()
         # A file must have every matrix of its adapter, whatever the host has now.
         skip = job.shared if self._files is None else ()
-        image = pack_adapter(adapter, self._spec.shape, self._spec.geometry, self._allocate, skip)
+        image = pack_adapter(adapter, self._spec.shape, self._spec.geometry, _host_memory, skip)
         image = _named(image, found)
         warning = self._try_keep(found, image)
         return Loaded(
@@ -166,7 +164,7 @@ class LoadWorker:
 
     def _described(self, found: Found, path: Path) -> AdapterInfo:
         if found.problem is not None:
-            raise AdapterError(f"{_adapter(found)}: {found.problem}")
+            raise AdapterError(found.problem)
         return read_adapter_info(path, found.name, self._spec.shape)
 
     def _image_in_file(self, found: Found) -> AdapterImage | None:
@@ -176,7 +174,8 @@ class LoadWorker:
             return image and _named(image, found)
         # Files may have changed since they were found; looking again is cheap.
         image = _named(image, found)
-        info = self._described(found, Path(found.location))
+        with self._fetched(found) as (_, path):
+            info = self._described(found, path)
         return image if info == image.info else None
 
     @contextmanager

@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from loraswarm.adapters.catalog import Catalog, describe_entries
+from loraswarm.adapters.catalog import Catalog
+from loraswarm.adapters.describing import describe_entries
 from loraswarm.adapters.stores import open_store
 from loraswarm.config import Dtype, EngineConfig
 from loraswarm.core.base_shape import BaseShape

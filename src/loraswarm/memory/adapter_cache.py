@@ -63,8 +63,9 @@ class AdapterCache:
                                                                 last pin is taken back
 
     An idle adapter is offered to the order for what bringing back it *and* the prefixes that it
-    made would cost, and for the bytes of both, since they leave with it. One that queued requests
-    want (protected) is not offered: Memory evicts it when the order is empty.
+    made would cost, and for the bytes of both, since none of them is of use without it: when it
+    comes up they leave first. One that queued requests want (protected) is not offered: Memory
+    evicts it when the order is empty.
     """
 
     def __init__(

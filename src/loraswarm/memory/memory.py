@@ -139,7 +139,11 @@ class Memory:
         assert self.adapters.num_prefix_pages() == self.prefixes.num_pages_by_adapter()
 
     def _evict_one(self, evicted: list[AdapterKey]) -> bool:
-        """Evict the lowest; adapters are added to `evicted`. False if nothing may leave."""
+        """Evict the lowest; adapters are added to `evicted`. False if nothing may leave.
+
+        Where that is an adapter, the prefixes that it made leave first, one at a time: it takes no
+        more of them along than there must be room.
+        """
         item = self.order.lowest()
         if item is None:
             item = self.adapters.last_resort()
@@ -148,7 +152,7 @@ class Memory:
         if isinstance(item, bytes):
             self.prefixes.evict(item)
             return True
-        self.prefixes.evict_adapter(item)
-        self.adapters.evict(item)
-        evicted.append(item)
+        if not self.prefixes.evict_last_of(item):
+            self.adapters.evict(item)
+            evicted.append(item)
         return True

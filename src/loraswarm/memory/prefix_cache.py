@@ -111,7 +111,7 @@ class PrefixCache:
         self._costs = costs
         self._owners = owners
         self._pages: dict[bytes, CachedPage] = {}
-        self._of_adapter: dict[AdapterKey, set[CachedPage]] = {}
+        self._of_adapter: dict[AdapterKey, dict[CachedPage, None]] = {}
         self._dropped: set[CachedPage] = set()
         self._num_idle_pages = 0
         self.total_evicted_pages = 0
@@ -204,12 +204,13 @@ class PrefixCache:
         self._drop([page])
         self.total_evicted_pages += 1
 
-    def evict_adapter(self, key: AdapterKey) -> None:
-        """Free every page that the adapter made, because it leaves; none may be in use."""
-        pages = list(self._of_adapter.get(key, ()))
-        assert not any(page.num_users for page in pages), f"pages of {key} are in use"
-        self._drop(pages)
-        self.total_evicted_pages += len(pages)
+    def evict_last_of(self, key: AdapterKey) -> bool:
+        """Free the page that the adapter made last, which nothing follows; none of its pages may be
+        in use. False if it has none."""
+        if key not in self._of_adapter:
+            return False
+        self.evict(next(reversed(self._of_adapter[key])).digest)
+        return True
 
     def drop_adapter(self, key: AdapterKey) -> None:
         """Forget every page that the adapter made: nobody finds them any more, idle ones are free
@@ -276,7 +277,7 @@ class PrefixCache:
         if parent is not None:
             parent.num_children += 1
         for key in keys:
-            self._of_adapter.setdefault(key, set()).add(page)
+            self._of_adapter.setdefault(key, {})[page] = None
             self._owners.count_prefix_pages(key, 1, 0)
         return page
 
@@ -300,7 +301,7 @@ class PrefixCache:
                 page.parent.num_children -= 1
                 self._offer(page.parent)
             for key in page.keys:
-                self._of_adapter[key].remove(page)
+                del self._of_adapter[key][page]
                 if not self._of_adapter[key]:
                     del self._of_adapter[key]
             if page.num_users:
