@@ -19,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,6 +27,7 @@ import httpx
 import numpy as np
 
 from loraswarm.core.base_shape import BaseShape
+from machine import copy_speed, forget_cached, read_file_speed
 from random_swarm import write_adapter, write_checkpoint
 from served import REQUEST_TIMEOUT_S, Served, served, stream_times
 
@@ -34,7 +35,7 @@ RANKS = (8, 16, 32, 64)
 HOT_RANK = 16
 PROMPT_TOKENS = 16
 BIG_RANKS = {"qwen2.5-0.5b": 192, "tiny": 64}
-SAMPLE_BYTES = 256 << 20
+BASE_LOADED = r" page_bytes="  # in the line that the server writes when the base is loaded
 Row = dict[str, object]
 
 
@@ -73,8 +74,10 @@ def tiers(directory: Path, options: argparse.Namespace) -> list[Row]:
     for rank in RANKS:
         num_bytes = (_path(directory, rank, 0) / "adapter_model.safetensors").stat().st_size
         medians = {tier: statistics.median(r[tier] for r in times[rank]) for tier in times[rank][0]}
-        rows.append({"rank": rank, "MB": num_bytes / 1e6} | {t: s * 1e3 for t, s in medians.items()})
-    _print(rows, "{rank:>5} {MB:7.1f} {cold:9.0f} {host:9.0f} {device:9.0f}")
+        rows.append(
+            {"rank": rank, "MB": num_bytes / 1e6} | {t: s * 1e3 for t, s in medians.items()}
+        )
+    _print(rows)
     return rows + _stages(before, after, _path(directory, RANKS[-1], 0))
 
 
@@ -82,7 +85,7 @@ def _tier_times(server: Served, path: Path, prompts: Prompts, is_known: bool) ->
     """Seconds to the first token of one adapter from its store, from the host and on the device."""
     name = path.name
     if not is_known:
-        _forget_cached(path)
+        forget_cached(path)
         _expect_tier(server, name, "store")
     times = {"cold": _first_token_s(server, name, prompts.next())}
     server.unload(name)
@@ -96,7 +99,7 @@ def _tier_times(server: Served, path: Path, prompts: Prompts, is_known: bool) ->
 
 def _stages(before: dict[str, float], after: dict[str, float], path: Path) -> list[Row]:
     """Speed of each stage of all loads between two looks, and what the machine does of the same."""
-    speeds = {"read": _read_file_speed(path), "copy": _copy_speed()}
+    speeds = {"read": read_file_speed(path), "copy": copy_speed()}
     rows: list[Row] = []
     for key in sorted(after):
         if not key.startswith("loraswarm_adapter_load_seconds_total{"):
@@ -108,8 +111,10 @@ def _stages(before: dict[str, float], after: dict[str, float], path: Path) -> li
         if seconds == 0:
             continue
         speed, machine = num_bytes / seconds / 1e9, speeds.get(stage, speeds["copy"])
-        rows.append({"stage": stage, "GB/s": speed, "machine": machine, "share": speed / machine})
-    _print(rows, "{stage:>8} {GB/s:7.2f} {machine:9.2f} {share:9.0%}")
+        rows.append(
+            {"stage": stage, "GB/s": speed, "machine": machine, "share %": 100 * speed / machine}
+        )
+    _print(rows)
     return rows
 
 
@@ -120,7 +125,7 @@ def cold_load(directory: Path, options: argparse.Namespace) -> list[Row]:
         write_adapter(directory / "adapters" / f"hot{index}", shape, HOT_RANK, seed=index)
     big = directory / "adapters" / "big"
     write_adapter(big, shape, BIG_RANKS[options.size], seed=1000)
-    num_bytes = (big / "adapter_model.safetensors").stat().st_size
+    num_bytes = _weight_bytes(big)
     names = [f"hot{index}" for index in range(options.streams)]
     with served(*_arguments(directory), "--host-cache-bytes", "2GiB") as server:
         server.unload("big")
@@ -135,17 +140,18 @@ def cold_load(directory: Path, options: argparse.Namespace) -> list[Row]:
         def settle() -> None:
             with contextlib.suppress(RuntimeError):
                 server.unload("big")
-            _forget_cached(big)
+            forget_cached(big)
 
         work = {"quiet": idle, "loading": load}
         gaps = asyncio.run(_gaps_beside(server.url, names, work, settle, options))
     print(f"{options.streams} streams; the load is {num_bytes / 1e6:.0f} MB")
     rows: list[Row] = []
+    p99s: list[float] = []
     for label, values_s in gaps.items():
-        p50, p99 = np.percentile(values_s, [50, 99]) * 1e3
+        p50, p99 = (float(np.percentile(values_s, q)) * 1e3 for q in (50, 99))
         rows.append({"window": label, "gaps": len(values_s), "p50 ms": p50, "p99 ms": p99})
-    _print(rows, "{window:>8} {gaps:7d} {p50 ms:9.1f} {p99 ms:9.1f}")
-    p99s = [float(str(row["p99 ms"])) for row in rows]
+        p99s.append(p99)
+    _print(rows)
     print(f"p99 while loading is {p99s[1] / p99s[0] - 1:+.1%} of the quiet one (target: <= +20 %)")
     return rows
 
@@ -193,7 +199,7 @@ def catalog(directory: Path, options: argparse.Namespace) -> list[Row]:
     rows: list[Row] = [
         {"catalog": label, "tokens/s": statistics.median(rates)} for label, rates in tokens.items()
     ]
-    _print(rows, "{catalog:>8} {tokens/s:9.1f}")
+    _print(rows)
     shares = [large / small for small, large in zip(*tokens.values(), strict=True)]
     print(f"large / small catalog: {statistics.median(shares):.1%} (target: >= 95 %)")
     return rows
@@ -235,13 +241,17 @@ def start(directory: Path, options: argparse.Namespace) -> list[Row]:
     shape = write_checkpoint(directory / "model", options.size)
     _fill_store(directory, directory / "adapters", shape, options.start)
     with served(*_arguments(directory)) as server:
-        after_base_s = server.ready_s - server.time_of(options.base_loaded)
+        after_base_s = server.ready_s - server.time_of(BASE_LOADED)
         begin = time.monotonic()
         num_models = len(server.get("/v1/models").json()["data"])
         listing_s = time.monotonic() - begin
-    row: Row = {"adapters": options.start, "ready s": after_base_s, "listed": num_models}
-    row["models ms"] = listing_s * 1e3
-    _print([row], "{adapters:>8} {ready s:9.2f} {listed:>7} {models ms:9.0f}")
+    row: Row = {
+        "adapters": options.start,
+        "ready after base s": after_base_s,
+        "listed models": num_models,
+        "listing ms": listing_s * 1e3,
+    }
+    _print([row])
     if num_models != options.start + 1:
         raise SystemExit(f"/v1/models lists {num_models}, not {options.start} and the base")
     return [row]
@@ -250,14 +260,12 @@ def start(directory: Path, options: argparse.Namespace) -> list[Row]:
 @contextlib.asynccontextmanager
 async def _streaming(
     url: str, names: list[str]
-) -> Iterator[tuple[list[list[float]], Callable[[], None]]]:
+) -> AsyncIterator[tuple[list[list[float]], Callable[[], None]]]:
     """One endless stream for each name: the times of its tokens, and a check that none has ended
     with an error (which it raises)."""
     arrivals: list[list[float]] = [[] for _ in names]
     limits = httpx.Limits(max_connections=len(names))
-    async with httpx.AsyncClient(
-        base_url=url, timeout=REQUEST_TIMEOUT_S, limits=limits
-    ) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=REQUEST_TIMEOUT_S, limits=limits) as client:
         tasks = [
             asyncio.create_task(_stream_on(client, name, [7 * index + 1] * PROMPT_TOKENS, times))
             for index, (name, times) in enumerate(zip(names, arrivals, strict=True))
@@ -315,65 +323,27 @@ def _link(original: Path, copy: Path) -> None:
         os.link(file, copy / file.name)
 
 
-def _forget_cached(path: Path) -> None:
-    """Drop an adapter's files from the page cache, so that reading them means the disk."""
-    for file in path.iterdir():
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(handle)
-
-
-def _read_file_speed(path: Path) -> float:
-    """GB/s at which this machine reads an adapter's weights into memory, best of three."""
-    file = path / "adapter_model.safetensors"
-    target = np.zeros(file.stat().st_size, np.uint8)
-
-    def read() -> None:
-        with file.open("rb", buffering=0) as handle:
-            view = memoryview(target)
-            while view and (num_read := handle.readinto(view)):
-                view = view[num_read:]
-
-    times = []
-    for _ in range(3):
-        _forget_cached(path)
-        begin = time.perf_counter()
-        read()
-        times.append(time.perf_counter() - begin)
-    return target.size / min(times) / 1e9
-
-
-def _copy_speed() -> float:
-    """GB/s at which one thread copies memory, best of three."""
-    source, target = np.ones(SAMPLE_BYTES, np.uint8), np.zeros(SAMPLE_BYTES, np.uint8)
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        np.copyto(target, source)
-        times.append(time.perf_counter() - begin)
-    return SAMPLE_BYTES / min(times) / 1e9
-
-
 def _path(directory: Path, rank: int, copy: int) -> Path:
     return directory / "adapters" / f"r{rank}-{copy}"
+
+
+def _weight_bytes(path: Path) -> int:
+    return (path / "adapter_model.safetensors").stat().st_size
 
 
 def _arguments(directory: Path) -> tuple[str, str]:
     return str(directory / "model"), str(directory / "adapters")
 
 
-def _print(rows: list[Row], form: str) -> None:
-    """A table; the heading has the names of the form's fields in their widths."""
+def _print(rows: list[Row]) -> None:
+    """A table whose heading is the names of the first row's values."""
     if not rows:
         return
-    widths = [len(form.format(**rows[0]).split()[i]) for i in range(len(rows[0]))]
-    del widths
-    print("  ".join(f"{name:>9}" for name in rows[0]))
-    for row in rows:
-        print(form.format(**row))
+    cells = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
+    columns = list(zip(rows[0], *cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    for line in zip(*columns, strict=True):
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def main() -> None:
@@ -388,7 +358,6 @@ def main() -> None:
     parser.add_argument("--hot", type=int, default=32)
     parser.add_argument("--window-s", type=float, default=4.0)
     parser.add_argument("--warm-up-s", type=float, default=3.0)
-    parser.add_argument("--base-loaded", default="num_pages", help="in the line after the base")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     measure = tiers

@@ -84,7 +84,7 @@ class Trace:
         return (*system, *said)
 
     def save(self, path: Path) -> None:
-        """JSON lines: options, adapters, then one array per request; gzipped if the name says so."""
+        """JSON lines: options, adapters, then an array per request; gzipped for `.gz`."""
         lines = [json.dumps(asdict(self.options))]
         lines.append(json.dumps([[a.name, a.rank, a.num_system_tokens] for a in self.adapters]))
         for request in self.requests:

@@ -100,7 +100,9 @@ def test_a_failed_adapter_that_is_asked_for_again_is_loaded_again():
     info = make_info("a")
     first = memory.adapters.pin(info)
     memory.adapters.fail_load(info.key)
+    assert memory.adapters.has_failed(info.key)
     assert memory.adapters.pin(info) is first
+    assert not memory.adapters.has_failed(info.key)
     assert memory.adapters.pin(info) is None
     memory.adapters.finish_load(info.key)
     assert memory.adapters.is_ready(info.key)

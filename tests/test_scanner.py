@@ -172,7 +172,7 @@ def test_what_a_request_named_is_scanned_like_the_others(time):
     located = scanner.locate("mine", "/s/deep/v7")
     store.found.pop()
     assert located == Found("mine", "/s/deep/v7", "1", is_by_request=True)
-    store.locate = lambda path: deep if path == deep.location and deep else None
+    store.locate = lambda path: deep
     scanner.watch(located)
     assert scanner.scan().found == ()
     deep = replace(deep, stamp="2")
@@ -261,9 +261,10 @@ def test_a_directory_that_is_renamed_into_its_place_is_taken_at_once(time, tmp_p
     assert names(scanner.scan().found) == ["a"]
 
 
-def test_by_default_files_must_have_rested_for_half_a_second(tmp_path, monkeypatch):
+def test_how_long_files_must_have_rested_can_be_set(tmp_path, monkeypatch):
     fake_adapter(tmp_path / "a")
     store = LocalStore(str(tmp_path))
+    monkeypatch.setattr(scanner_module, "SETTLE_S", 3600)
     assert names(Scanner([store]).scan().pending) == ["a"]
     monkeypatch.setattr(scanner_module, "SETTLE_S", 0)
     assert names(Scanner([store]).scan().found) == ["a"]

@@ -1,4 +1,4 @@
-"""A local store lists adapters without reading them, and is left by no path that a request names."""
+"""A local store lists adapters without reading them; no path of a request leads out of it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_store_that_is_gone_cannot_be_looked_at(root):
     store = LocalStore(str(root))
     assert [found.name for found in store.look()] == ["deep", "sql"]
     shutil.rmtree(root)
-    with pytest.raises(StoreError, match="adapters.*does not exist") as caught:
+    with pytest.raises(StoreError, match=r"adapters.*does not exist") as caught:
         store.look()
     assert "\n" not in str(caught.value)
     with pytest.raises(StoreError, match="gone"):

@@ -7,6 +7,7 @@ by commands.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from loraswarm.adapters.stores import (
     scheme_of,
 )
 from loraswarm.errors import AdapterError, ConfigError, PathNotFound, StoreError
+
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 class LocalStore:
@@ -67,10 +70,10 @@ class LocalStore:
             names = [""] if _is_nemo_file(location) else list(_files_in(location))
             files = [os.path.realpath(location / name) for name in names]
             contents = _contents_of(location)
-        except (FileNotFoundError, NotADirectoryError):
-            contents = None
         except OSError as error:
-            raise StoreError(failure_line(self._root, error, path)) from error
+            if error.errno not in _NOTHING_THERE:
+                raise StoreError(failure_line(self._root, error, path)) from error
+            contents = None
         if contents is None or not files:
             self._check_root()
             raise PathNotFound(f"there is no adapter at {quoted(path)}")

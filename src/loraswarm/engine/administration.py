@@ -219,7 +219,7 @@ class Administration:
         num_pages = adapters.num_load_pages(entry.info)
         if not adapters.is_resident(entry.key) and num_pages <= self._memory.pool.num_free:
             yield from self._hold_in_pages(entry)
-            adapters.unpin(entry.key)
+            adapters.unpin(entry.key, was_used=False)
         return self._states.of(name)
 
     def _rescan(self) -> Course:
@@ -258,7 +258,7 @@ class Administration:
         while not adapters.is_ready(key):
             yield
             if key in self._news.uncopied:
-                adapters.unpin(key)
+                adapters.unpin(key, was_used=False)
                 raise ReportedError(self._news.uncopied[key])
 
     def _result_of(self, job_id: int) -> Located | None:

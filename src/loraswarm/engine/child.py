@@ -6,6 +6,7 @@ ends. Exits when told to, or when the parent's end of standard input closes.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -79,6 +80,8 @@ class ChildEngine:
             )
             self._send_catalog(engine)
             self._send(Ready(engine.info))
+            gc.collect()
+            gc.freeze()  # what start-up made stays; a collection need not look at it again
             try:
                 self._serve(engine)
             finally:

@@ -230,9 +230,7 @@ class Engine:
             num_waiting=scheduler.num_waiting + len(self._arrivals),
             num_running=scheduler.num_running,
             num_free_pages=memory.pool.num_free,
-            num_kv_pages=memory.pool.num_owned("kv")
-            + memory.prefixes.num_pages
-            - memory.prefixes.num_idle_pages,
+            num_kv_pages=memory.pool.num_owned("kv") + memory.prefixes.num_used_pages,
             num_prefix_pages=memory.prefixes.num_idle_pages,
             num_adapter_pages=memory.pool.num_owned("adapter"),
             num_pinned_adapters=memory.adapters.num_pinned,

@@ -24,7 +24,7 @@ from loraswarm.adapters.adapter import AdapterInfo
 from loraswarm.adapters.printable import quoted
 from loraswarm.adapters.reading import read_adapter, read_adapter_info
 from loraswarm.adapters.scanner import Scanner
-from loraswarm.adapters.stores import Found, Store, open_store
+from loraswarm.adapters.stores import Found, open_store
 from loraswarm.core.base_shape import BaseShape
 from loraswarm.core.client import AdapterSummary
 from loraswarm.core.events import ErrorInfo
@@ -44,13 +44,12 @@ from loraswarm.engine.loader_jobs import (
     WatchJob,
     is_remote,
 )
-from loraswarm.errors import AdapterError, EngineError, LoRASwarmError, StoreError
+from loraswarm.errors import AdapterError, EngineError, LoRASwarmError
 from loraswarm.memory.geometry import PageGeometry
 from loraswarm.memory.image import AdapterImage, pack_adapter
 from loraswarm.memory.image_file import ImageFiles, image_signature
 from loraswarm.models.checkpoint_base import ConvertedBase
 
-MAX_FETCHES = 3
 log = logging.getLogger(__name__)
 
 
@@ -143,7 +142,7 @@ class LoadWorker:
                 num_file_bytes=0,
                 is_from_file=True,
             )
-        with self._fetched(found) as (found, path):
+        with self._fetched(found) as path:
             fetch_s = clock.lap_s()
             adapter = read_adapter(self._described(found, path), self._base, self._dtype)
         read_s = clock.lap_s()
@@ -174,31 +173,22 @@ class LoadWorker:
             return image and _named(image, found)
         # Files may have changed since they were found; looking again is cheap.
         image = _named(image, found)
-        with self._fetched(found) as (_, path):
+        with self._fetched(found) as path:
             info = self._described(found, path)
         return image if info == image.info else None
 
     @contextmanager
-    def _fetched(self, found: Found) -> Iterator[tuple[Found, Path]]:
-        """The adapter as it is now, and where it can be read until the block is left."""
+    def _fetched(self, found: Found) -> Iterator[Path]:
+        """Where the adapter can be read until the block is left."""
         store = self._scanner.store_of(found.location)
         if not is_remote(found.location):
-            yield found, store.fetch(found, Path(found.location))
+            yield store.fetch(found, Path(found.location))
             return
         prefix, parent = "loraswarm-download-", self._spec.download_dir
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as place:
-            for number in range(MAX_FETCHES):
-                into = Path(place) / str(number)
-                into.mkdir()
-                path = store.fetch(found, into)
-                fetched_stamp, found = found.stamp, _as_it_is_now(found, store)
-                if found.stamp == fetched_stamp:
-                    _set_times(path, fetched_stamp)
-                    yield found, path
-                    return
-        raise StoreError(
-            f"{_adapter(found)} has changed {MAX_FETCHES} times while it was downloaded"
-        )
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as into:
+            path = store.fetch(found, Path(into))
+            _set_times(path, found.stamp)
+            yield path
 
     def _try_keep(self, found: Found, image: AdapterImage) -> str | None:
         """Write the image to a file, if that is wanted; returns why it could not be written."""
@@ -265,13 +255,6 @@ def _named(image: AdapterImage, found: Found) -> AdapterImage:
     downloads lie elsewhere."""
     info = dataclasses.replace(image.info, name=found.name, path=Path(found.location))
     return dataclasses.replace(image, info=info)
-
-
-def _as_it_is_now(found: Found, store: Store) -> Found:
-    now = store.locate(found.location)
-    if now is None:
-        raise StoreError(f"{_adapter(found)}: {found.location} is of no store any more")
-    return dataclasses.replace(found, stamp=now.stamp)
 
 
 def _set_times(path: Path, stamp: str) -> None:

@@ -220,7 +220,12 @@ class Scheduler:
                 budget -= planned[sequence]
 
     def _is_at_hand(self, sequence: Sequence) -> bool:
-        """Whether its adapters could be copied into pages now; asks for those that could not."""
+        """Whether its adapters could be copied into pages now; asks for those that could not.
+
+        One whose copy has failed cannot, until all that have pinned it have let it go.
+        """
+        if any(self._adapters.has_failed(key) for key in sequence.adapter_keys):
+            return False
         absent = [
             key
             for key in sequence.adapter_keys
@@ -245,7 +250,7 @@ class Scheduler:
         if not self._memory.has_room(num_pages):
             self._kv.free(request_id)
             for info in resident:
-                self._adapters.unpin(info.key)
+                self._adapters.unpin(info.key, was_used=False)
             return False
         self._memory.make_room(num_kv_pages)
         self._kv.reserve(request_id, num_tokens)

@@ -106,6 +106,11 @@ class AdapterCache:
         resident = self._residents.get(key)
         return resident is not None and resident.state == "ready"
 
+    def has_failed(self, key: AdapterKey) -> bool:
+        """Whether its load failed and somebody has it pinned still."""
+        resident = self._residents.get(key)
+        return resident is not None and resident.state == "failed"
+
     def is_kept(self, key: AdapterKey) -> bool:
         return key in self._residents and self._residents[key].is_kept
 
