@@ -17,6 +17,7 @@ import statistics
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,7 @@ class Replay:
     def run(self) -> Outcome:
         for index, request in enumerate(self._trace.requests):
             running = _Running(request, f"r{index}", self._infos[request.adapter])
-            self._clock.at(request.arrival_s, lambda running=running: self._arrive(running))
+            self._clock.at(request.arrival_s, partial(self._arrive, running))
         self._clock.run()
         assert len(self._ttfts_s) == len(self._trace.requests), "requests were lost"
         self._memory.check()

@@ -31,7 +31,7 @@ def read_file_speed(path: Path) -> float:
 
     def read() -> None:
         with file.open("rb", buffering=0) as handle:
-            view = memoryview(target)
+            view = target.data
             while view and (num_read := handle.readinto(view)):
                 view = view[num_read:]
 

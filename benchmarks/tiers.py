@@ -72,11 +72,10 @@ def tiers(directory: Path, options: argparse.Namespace) -> list[Row]:
     print(f"first token of the base alone: {statistics.median(base_s) * 1e3:.0f} ms")
     rows: list[Row] = []
     for rank in RANKS:
-        num_bytes = (_path(directory, rank, 0) / "adapter_model.safetensors").stat().st_size
-        medians = {tier: statistics.median(r[tier] for r in times[rank]) for tier in times[rank][0]}
-        rows.append(
-            {"rank": rank, "MB": num_bytes / 1e6} | {t: s * 1e3 for t, s in medians.items()}
-        )
+        row: Row = {"rank": rank, "MB": _weight_bytes(_path(directory, rank, 0)) / 1e6}
+        for tier in times[rank][0]:
+            row[f"{tier} ms"] = statistics.median(one[tier] for one in times[rank]) * 1e3
+        rows.append(row)
     _print(rows)
     return rows + _stages(before, after, _path(directory, RANKS[-1], 0))
 

@@ -1,4 +1,4 @@
-"""The trace generator of the benchmarks: equal options give equal traces, with what they ask for."""
+"""The trace generator of the benchmarks: what its options say is what a trace has."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from loraswarm.adapters.catalog import printable
+from loraswarm.adapters.stores import printable
 from loraswarm.commands.adapter_path import adapter_path
 from loraswarm.config import DTYPES
 from loraswarm.errors import ConfigError
