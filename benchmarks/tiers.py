@@ -66,8 +66,8 @@ def tiers(directory: Path, options: argparse.Namespace) -> list[Row]:
         times: dict[int, list[dict[str, float]]] = {rank: [] for rank in RANKS}
         for copy in range(options.rounds):
             for rank in RANKS:
-                row = _tier_times(server, _path(directory, rank, copy), prompts, is_known=False)
-                times[rank].append(row)
+                path = _path(directory, rank, copy)
+                times[rank].append(_tier_times(server, path, prompts, is_known=False))
         after = server.metrics()
     print(f"first token of the base alone: {statistics.median(base_s) * 1e3:.0f} ms")
     rows: list[Row] = []

@@ -376,6 +376,18 @@ def test_unloading_lasts_until_the_files_change():
     assert catalog.resolve("a").generation == 2
 
 
+def test_what_was_shadowed_when_its_name_was_unloaded_stays_away_too():
+    catalog = Catalog()
+    shadow = found("a", "2", "/2/a", shadowed_by="/adapters/a")
+    catalog.apply(change(found("a"), shadow))
+    catalog.remove("a")
+    catalog.apply(change(found("a"), shadow, is_first=True))
+    assert catalog.refusals == ()
+    freed = dataclasses.replace(shadow, shadowed_by=None)
+    assert catalog.apply(change(freed, removed=(found("a"),))).added == ()
+    assert catalog.apply(change(dataclasses.replace(freed, stamp="3"))).added == ("a",)
+
+
 def test_an_unloaded_adapter_that_vanishes_is_forgotten():
     catalog = Catalog()
     catalog.apply(change(found("a")))

@@ -354,6 +354,14 @@ def test_a_server_that_never_answers_is_a_store_error_in_time(scheme, s3, monkey
     assert str(caught.value).isprintable()
 
 
+def test_a_look_ends_in_its_own_time_however_patient_the_client_is():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/adapters"
+        store = RemoteStore(url, Patience(answer_s=3.0, look_s=0.2))
+        with pytest.raises(StoreError, match="no answer in time"):
+            store.look()
+
+
 def test_a_driver_that_never_returns_is_left_in_time(memory, monkeypatch):
     ending = threading.Event()
     waits = lambda *arguments, **options: ending.wait()  # noqa: E731

@@ -203,6 +203,7 @@ def test_rows_tell_generation_tier_and_reason(server: RunningServer) -> None:
     assert body["object"] == "list"
     assert [row["name"] for row in body["data"]] == ["broken", "sql", "team/router"]
     broken, sql, router = body["data"]
+    assert server.http.get("/v1/models/broken").status_code == 404
     assert (broken["state"], broken["reason"]) == ("refused", "tensor x has 3 dimensions")
     assert (sql["state"], sql["method"], sql["max_rank"]) == ("served", "LoRA", 8)
     assert (sql["generation"], sql["tier"], sql["is_pinned"]) == (1, "store", False)
@@ -313,6 +314,8 @@ def test_a_client_that_leaves_a_long_command_leaves_the_server_sane(
     with running_server(engine) as server:
         asyncio.run(_ask_and_leave(server, path, body))
         assert len(engine.commands) == 1
+        left = 'loraswarm_http_errors_total{status="499"} 1.0'
+        asyncio.run(_until(lambda: left in server.http.get("/metrics").text))
         server.complete(max_tokens=1)
         assert server.http.get(f"{ADAPTERS}/sql").status_code == 200
         server.call(engine.release())

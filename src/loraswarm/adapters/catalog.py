@@ -42,6 +42,12 @@ class Entry:
     stamp: str
     generation: int
     info: AdapterInfo | None
+    is_by_request: bool = False
+
+    @property
+    def found(self) -> Found:
+        """What it was made of, as stores know it."""
+        return Found(self.name, self.location, self.stamp, is_by_request=self.is_by_request)
 
     @property
     def key(self) -> AdapterKey:
@@ -333,7 +339,8 @@ class Catalog:
         step = self._generations.last if found.problem is not None else self._generations.next
         self._drop(name)
         self._unserved.reload(name)
-        entry = Entry(name, found.location, found.stamp, step(name), None)
+        by_request = found.is_by_request
+        entry = Entry(name, found.location, found.stamp, step(name), None, by_request)
         row = self._rows[name] = _Row(entry, _undescribed_summary(entry), found)
         if name == self._model_name:
             self._refuse(

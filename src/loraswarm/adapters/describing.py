@@ -13,7 +13,7 @@ from pathlib import Path
 
 from loraswarm.adapters.catalog import Catalog, Entry
 from loraswarm.adapters.printable import quoted
-from loraswarm.adapters.reading import read_adapter_info
+from loraswarm.adapters.reading import read_adapter_info, stamped
 from loraswarm.adapters.scanner import Scanner
 from loraswarm.adapters.stores import open_store, scheme_of
 from loraswarm.core.base_shape import BaseShape
@@ -74,7 +74,7 @@ def describe_entries(
         except Exception as error:  # whatever is in a file, it must harm its own adapter only
             catalog.refused(entry, refusal_reason(entry.name, error))
         else:
-            catalog.learned(entry, info)
+            catalog.learned(entry, stamped(info, entry.stamp))
     return num_described
 
 

@@ -25,7 +25,13 @@ from loraswarm.adapters.stores import (
     printable,
     scheme_of,
 )
-from loraswarm.errors import AdapterError, ConfigError, PathNotFound, StoreError
+from loraswarm.errors import (
+    AdapterError,
+    ConfigError,
+    ForbiddenPath,
+    PathNotFound,
+    StoreError,
+)
 
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
@@ -81,8 +87,21 @@ class LocalStore:
             return None
         return _found(location, contents)
 
+    def stamp_of(self, found: Found) -> str:
+        """See `Store`."""
+        try:
+            return _contents_of(Path(found.location)).stamp
+        except OSError as error:
+            raise StoreError(failure_line(self._root, error, found.name)) from error
+
     def fetch(self, found: Found, into: Path) -> Path:
-        """See `Store`: where it is."""
+        """See `Store`: where it is, if a request may still name it."""
+        if found.is_by_request:
+            located = self.locate(os.path.relpath(found.location, self._root))
+            if located is None or located.location != found.location:
+                raise ForbiddenPath(
+                    f"{quoted(found.location)} has become a link out of the store; it is not read"
+                )
         return Path(found.location)
 
     def _check_root(self) -> None:

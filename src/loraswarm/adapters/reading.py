@@ -7,7 +7,9 @@ loads weights.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +77,16 @@ def read_adapter(info: AdapterInfo, base: BaseWeights, dtype: torch.dtype) -> Ad
         weights = method_of(keys).read(plan, keys, TensorReader(source, dtype), base)
         _require_unchanged(info, source)
         return Adapter(info, weights.modules, weights.overlays, weights.shared)
+
+
+def stamped(info: AdapterInfo, stamp: str) -> AdapterInfo:
+    """The description of what a store found with `stamp`, as the identity of a generation.
+
+    Files that were replaced have another stamp even if header, size and times are the same.
+    `read_adapter` takes the description as it was before.
+    """
+    digest = hashlib.blake2b(f"{info.digest} {stamp}".encode(), digest_size=16)
+    return replace(info, digest=digest.hexdigest())
 
 
 def _require_unchanged(info: AdapterInfo, source: AdapterSource) -> None:

@@ -78,6 +78,10 @@ class RemoteStore:
             raise PathNotFound(f"there is no adapter at {quoted(path)}")
         return self._found(below, parts)
 
+    def stamp_of(self, found: Found) -> str:
+        """See `Store`."""
+        return found.stamp
+
     def fetch(self, found: Found, into: Path) -> Path:
         """See `Store`. All files are of the version that was found, or none is returned."""
         below = found.location.removeprefix(self._root).lstrip("/")

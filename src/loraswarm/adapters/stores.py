@@ -80,6 +80,14 @@ class Store(Protocol):
         """
         ...
 
+    def stamp_of(self, found: Found) -> str:
+        """The stamp of what is there now; of a remote adapter, whose files `fetch` compares, the
+        one it was found with.
+
+        Raises    StoreError if it cannot be looked at.
+        """
+        ...
+
     def fetch(self, found: Found, into: Path) -> Path:
         """Where the adapter can be read: its own place, or below the empty directory `into`.
 

@@ -31,7 +31,7 @@ from loraswarm.engine.loader_jobs import (
     UnwatchJob,
     WatchJob,
 )
-from loraswarm.engine.residency import News, Residency, found_of
+from loraswarm.engine.residency import News, Residency
 from loraswarm.engine.states import AdapterStates
 from loraswarm.errors import InvalidRequest, LoRASwarmError, Overloaded
 from loraswarm.memory.memory import Memory
@@ -149,7 +149,7 @@ class Administration:
             yield
         assert isinstance(located, Located)
         found = located.found
-        candidate = Entry(found.name, found.location, found.stamp, 0, None)
+        candidate = Entry(found.name, found.location, found.stamp, 0, None, is_by_request=True)
         info = (yield from self._bring(candidate)).info
         assert info is not None
         entry = self._catalog.register(found, command.in_place)
@@ -238,9 +238,9 @@ class Administration:
         while error is None:
             yield
             for wanted, found in self._arrived:
-                if found_of(wanted) == found_of(entry):
+                if wanted.found == entry.found:
                     return found
-            failed = (e for lost, e in self._news.failed if found_of(lost) == found_of(entry))
+            failed = (e for lost, e in self._news.failed if lost.found == entry.found)
             error = next(failed, None)
         raise ReportedError(error)
 

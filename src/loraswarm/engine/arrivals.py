@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from loraswarm.adapters.catalog import Entry
 from loraswarm.adapters.stores import Found
 from loraswarm.core.request import Request
-from loraswarm.engine.residency import found_of
 
 
 @dataclass(slots=True, eq=False)
@@ -46,18 +45,18 @@ class Arrivals:
         """Wait for all of its adapters."""
         self._by_id[arrival.request.request_id] = arrival
         for entry in arrival.entries:
-            self._by_found.setdefault(found_of(entry), []).append(arrival)
+            self._by_found.setdefault(entry.found, []).append(arrival)
 
     def waiting_for(self, entry: Entry) -> list[Arrival]:
         """Those with this adapter among theirs, in order of arrival."""
-        return list(self._by_found.get(found_of(entry), ()))
+        return list(self._by_found.get(entry.found, ()))
 
     def remove(self, request_id: str) -> Arrival | None:
         """Wait no more; None if it did not."""
         arrival = self._by_id.pop(request_id, None)
         for entry in arrival.entries if arrival else ():
-            others = self._by_found[found_of(entry)]
+            others = self._by_found[entry.found]
             others.remove(arrival)  # type: ignore[arg-type]
             if not others:
-                del self._by_found[found_of(entry)]
+                del self._by_found[entry.found]
         return arrival

@@ -6,7 +6,6 @@ threads, sockets or requests. Called by engine/loader's threads, several at a ti
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import os
@@ -14,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 
 from loraswarm.adapters.adapter import AdapterInfo
 from loraswarm.adapters.printable import quoted
-from loraswarm.adapters.reading import read_adapter, read_adapter_info
+from loraswarm.adapters.reading import read_adapter, read_adapter_info, stamped
 from loraswarm.adapters.scanner import Scanner
 from loraswarm.adapters.stores import Found, open_store
 from loraswarm.core.base_shape import BaseShape
@@ -44,7 +43,7 @@ from loraswarm.engine.loader_jobs import (
     WatchJob,
     is_remote,
 )
-from loraswarm.errors import AdapterError, EngineError, LoRASwarmError
+from loraswarm.errors import AdapterError, EngineError, LoRASwarmError, StoreError
 from loraswarm.memory.geometry import PageGeometry
 from loraswarm.memory.image import AdapterImage, pack_adapter
 from loraswarm.memory.image_file import ImageFiles, image_signature
@@ -124,7 +123,8 @@ class LoadWorker:
                 skipped.append(found)
                 continue
             try:
-                rows.append((found, _summary(self._described(found, Path(found.location)))))
+                info = self._described(found, Path(found.location))
+                rows.append((found, _summary(stamped(info, found.stamp))))
             except Exception as error:  # this one is refused, the others are described
                 rows.append((found, error_info(error, _adapter(found)).message))
         return Surveyed(job.job_id, tuple(rows), tuple(skipped))
@@ -142,15 +142,20 @@ class LoadWorker:
                 num_file_bytes=0,
                 is_from_file=True,
             )
+        store = self._scanner.store_of(found.location)
         with self._fetched(found) as path:
             fetch_s = clock.lap_s()
+            stamp = store.stamp_of(found)
             adapter = read_adapter(self._described(found, path), self._base, self._dtype)
+            if store.stamp_of(found) != stamp:
+                raise StoreError(f"{_adapter(found)}: its files were replaced while it was read")
         read_s = clock.lap_s()
         # A file must have every matrix of its adapter, whatever the host has now.
         skip = job.shared if self._files is None else ()
         image = pack_adapter(adapter, self._spec.shape, self._spec.geometry, _host_memory, skip)
+        image = replace(image, info=stamped(adapter.info, stamp))
+        warning = self._try_keep(replace(found, stamp=stamp), image)
         image = _named(image, found)
-        warning = self._try_keep(found, image)
         return Loaded(
             job_id=job.job_id,
             image=image,
@@ -168,14 +173,15 @@ class LoadWorker:
 
     def _image_in_file(self, found: Found) -> AdapterImage | None:
         """The image in a file of the host cache, if it is of these very files."""
-        image = self._files.find(found.location, found.stamp) if self._files else None
-        if image is None or is_remote(found.location):
-            return image and _named(image, found)
-        # Files may have changed since they were found; looking again is cheap.
-        image = _named(image, found)
-        with self._fetched(found) as path:
-            info = self._described(found, path)
-        return image if info == image.info else None
+        if self._files is None or found.problem is not None:
+            return None
+        store = self._scanner.store_of(found.location)
+        if not is_remote(found.location):
+            store.fetch(found, Path(found.location))
+            if store.stamp_of(found) != found.stamp:
+                return None
+        image = self._files.find(found.location, found.stamp)
+        return image and _named(image, found)
 
     @contextmanager
     def _fetched(self, found: Found) -> Iterator[Path]:
@@ -253,8 +259,8 @@ def _summary(info: AdapterInfo) -> AdapterSummary:
 def _named(image: AdapterImage, found: Found) -> AdapterImage:
     """The image under the name and place of `found`: files may be served by several names, and
     downloads lie elsewhere."""
-    info = dataclasses.replace(image.info, name=found.name, path=Path(found.location))
-    return dataclasses.replace(image, info=info)
+    info = replace(image.info, name=found.name, path=Path(found.location))
+    return replace(image, info=info)
 
 
 def _set_times(path: Path, stamp: str) -> None:

@@ -110,22 +110,20 @@ class Residency:
 
     def is_loading(self, entry: Entry) -> bool:
         """Whether it is on its way to host memory."""
-        found = found_of(entry)
-        return found in self._queue or any(
-            found_of(other) == found for other in self._open.values()
-        )
+        found = entry.found
+        return found in self._queue or any(other.found == found for other in self._open.values())
 
     def last_error(self, entry: Entry) -> ErrorInfo | None:
         """Why it could not be loaded the last time, if so."""
-        return self._backoff.last_error(found_of(entry))
+        return self._backoff.last_error(entry.found)
 
     def bring(self, entry: Entry) -> ErrorInfo | None:
         """Bring an adapter to host memory; returns why not, if it has just failed."""
         if self.is_within_reach(entry) or self.is_loading(entry):
             return None
-        error = self._backoff.refusal(found_of(entry))
+        error = self._backoff.refusal(entry.found)
         if error is None:
-            self._queue[found_of(entry)] = entry
+            self._queue[entry.found] = entry
             self._submit()
         return error
 
@@ -216,15 +214,15 @@ class Residency:
         else:
             assert isinstance(result, JobFailed)
             self.num_failures += 1
-            self._backoff.failed(found_of(entry), result.error)
+            self._backoff.failed(entry.found, result.error)
             news.failed.append((entry, result.error))
 
     def _take_image(self, entry: Entry, result: Loaded, news: News) -> None:
         image = result.image
         if self._host.missing(image):
-            self._queue[found_of(entry)] = entry  # its shared matrices have left meanwhile
+            self._queue[entry.found] = entry  # its shared matrices have left meanwhile
             return
-        self._backoff.succeeded(found_of(entry))
+        self._backoff.succeeded(entry.found)
         seconds = result.fetch_s + result.read_s + result.pack_s
         self.loads["read"] = _added(self.loads["read"], seconds, image.num_bytes)
         if not result.is_from_file:
@@ -267,11 +265,6 @@ class Residency:
     def _drop(self, key: AdapterKey) -> None:
         self._memory.drop_adapter(key)
         self._host.drop(key)
-
-
-def found_of(entry: Entry) -> Found:
-    """What the entry was made of, as the loader knows it."""
-    return Found(entry.name, entry.location, entry.stamp)
 
 
 def _added(totals: TimeTotals, seconds: float, num_bytes: int) -> TimeTotals:

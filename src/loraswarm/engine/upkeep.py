@@ -16,7 +16,6 @@ from loraswarm.adapters.stores import Found
 from loraswarm.core.admin import ScanReport
 from loraswarm.engine.loader import Loader
 from loraswarm.engine.loader_jobs import JobFailed, Result, ScanDone, ScanJob, Surveyed, SurveyJob
-from loraswarm.engine.residency import found_of
 
 SECOND_LOOK_S = 0.6
 SURVEY_SIZE = 64
@@ -90,7 +89,7 @@ class Upkeep:
 
     def _find_undescribed(self) -> None:
         """What to survey next; each content is looked into once."""
-        undescribed = [found_of(entry) for entry in self._catalog.undescribed()]
+        undescribed = [entry.found for entry in self._catalog.undescribed()]
         self._to_survey = deque(found for found in undescribed if found not in self._surveyed)
         self._surveyed = set(undescribed)
 
