@@ -6,6 +6,7 @@ import os
 import select
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 
 from adapter_factory import save_random_adapter
 from loraswarm.adapters.adapter import AdapterInfo
-from loraswarm.adapters.reading import read_adapter, read_adapter_info
+from loraswarm.adapters.local_store import LocalStore
+from loraswarm.adapters.reading import read_adapter, read_adapter_info, stamped
 from loraswarm.adapters.stores import Found
 from loraswarm.core.base_shape import BaseShape
 from loraswarm.engine.loader import Loader
@@ -57,9 +59,14 @@ def save_lora(path: Path, name: str, **options: Any) -> Found:
     return found_at(path, name)
 
 
-def found_at(path: Path, name: str, stamp: str = "stamp") -> Found:
-    """What lies at `path`/adapters/`name`."""
-    return Found(name, str(path / "adapters" / name), stamp)
+def found_at(path: Path, name: str) -> Found:
+    """What lies at `path`/adapters/`name` now, or would."""
+    place = path / "adapters" / name
+    if not place.exists():
+        return Found(name, str(place), "gone")
+    found = LocalStore(str(path / "adapters")).locate(name)
+    assert found is not None
+    return found
 
 
 def expected_image(path: Path, found: Found, dtype: torch.dtype = torch.float32) -> AdapterImage:
@@ -69,7 +76,8 @@ def expected_image(path: Path, found: Found, dtype: torch.dtype = torch.float32)
     info = read_adapter_info(Path(found.location), found.name, shape)
     adapter = read_adapter(info, decoder, dtype)
     geometry = page_geometry(shape, dtype.itemsize)
-    return pack_adapter(adapter, shape, geometry, lambda size: np.zeros(size, dtype=np.uint8))
+    image = pack_adapter(adapter, shape, geometry, lambda size: np.zeros(size, dtype=np.uint8))
+    return replace(image, info=stamped(image.info, found.stamp))
 
 
 def assert_same_image(image: AdapterImage, expected: AdapterImage) -> None:
@@ -113,7 +121,9 @@ def load(loader: Loader, found: Found, job_id: int = 1) -> Loaded:
 
 
 def described(path: Path, found: Found) -> AdapterInfo:
-    return read_adapter_info(Path(found.location), found.name, shape_at(path))
+    """The description of what was found, as the identity of a generation."""
+    info = read_adapter_info(Path(found.location), found.name, shape_at(path))
+    return stamped(info, found.stamp)
 
 
 def num_descriptors(pid: int | str = "self") -> int:

@@ -252,7 +252,7 @@ def test_an_image_of_files_that_have_changed_is_not_used(home: Path, tmp_path: P
     assert isinstance(second, Loaded)
     assert not second.is_from_file
     assert second.image.info.digest != first.image.info.digest
-    assert_same_image(second.image, expected_image(tmp_path, found))
+    assert_same_image(second.image, expected_image(tmp_path, found_at(tmp_path, "a")))
 
 
 def test_images_of_another_base_are_not_used(home: Path, tmp_path: Path):
@@ -296,6 +296,9 @@ class FarStore:
 
     def look(self) -> list[Found]:
         return []
+
+    def stamp_of(self, found: Found) -> str:
+        return found.stamp
 
     def fetch(self, found: Found, into: Path) -> Path:
         shutil.copytree(self.source, into / "a")

@@ -28,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from engine_factory import make_request, prompt_of, run_alone, save_swarm, tokens_of
+from loraswarm.adapters import scanner
 from loraswarm.config import EngineConfig
 from loraswarm.core.admin import AdminCommand, LoadAdapter, RescanAdapters, UnloadAdapter
 from loraswarm.core.request import SamplingParams
@@ -36,11 +37,12 @@ from loraswarm.engine.setup import build_engine
 from loraswarm.errors import UnknownAdapter
 
 CONTENTS = ("a000", "a001", "a002", "a003")
+NUM_COPIES = 3
+RELOADED = CONTENTS[2:]
 CALM = "calm"
 MOVED = "moved"
 PROMPTS = tuple(prompt_of(i, length) for i, length in enumerate((7, 33, 50)))
 ANSWER = SamplingParams(max_tokens=14, temperature=0.0, ignore_eos=True)
-WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_MORE_MAPPINGS = 60
 MAX_MORE_ROWS = 6
 BOUNDED_TABLES: dict[str, int] = {}
@@ -76,13 +78,22 @@ class Home:
             place: tuple(found[request.request_id]) for place, request in requests.items()
         }
         assert len(set(self.answers.values())) == len(self.answers), "contents answer alike"
-        self._numbers = itertools.count()
+        for content, copy in itertools.product(CONTENTS, range(NUM_COPIES)):
+            shutil.copytree(path / "adapters" / content, self._version(content, copy))
+        self._turns = itertools.count()
 
     def renew(self) -> None:
-        """The store as it is at first."""
+        """The store as it is at first. What scans take for young has had its time."""
         shutil.rmtree(self.store, ignore_errors=True)
-        shutil.copytree(self.path / "adapters" / CONTENTS[0], self.store / CALM)
-        self.replace(MOVED, CONTENTS[1])
+        self.store.mkdir()
+        for name, content in ((CALM, CONTENTS[0]), (MOVED, CONTENTS[1])):
+            self.replace(name, content)
+        for content in RELOADED:
+            self.replace(f"path-{content}", content)
+        time.sleep(scanner.SETTLE_S)
+
+    def _version(self, content: str, copy: int) -> Path:
+        return self.path / "versions" / f"{content}-{copy}"
 
     def engine(self, root: Path, has_process: bool = False, **options: Any) -> Engine:
         defaults: dict[str, Any] = {
@@ -99,23 +110,10 @@ class Home:
 
     def replace(self, name: str, content: str) -> None:
         """Let `name` have that content from one moment to the next: a link is renamed over."""
-        number = next(self._numbers)
-        place = self.path / "versions" / f"{name}-{number}"
-        shutil.copytree(self.path / "adapters" / content, place)
-        link = self.path / "versions" / f"link-{number}"
-        link.symlink_to(place)
-        self.store.mkdir(exist_ok=True)
-        before = os.path.realpath(self.store / name)
-        os.replace(link, self.store / name)
-        if before.startswith(str(self.path / "versions")):
-            shutil.rmtree(before)
-
-    def replace_weights(self, name: str, content: str) -> None:
-        """The same, where config and shapes stay: the weights file is renamed over."""
-        place = Path(os.path.realpath(self.store / name))
-        young = place / ".young"
-        shutil.copyfile(self.path / "adapters" / content / WEIGHTS_FILE, young)
-        os.replace(young, place / WEIGHTS_FILE)
+        number = next(self._turns)
+        young = self.path / f"link-{number}"
+        young.symlink_to(self._version(content, number % NUM_COPIES))
+        os.replace(young, self.store / name)
 
 
 class Churn:
@@ -303,12 +301,7 @@ class Churn:
         self.traffic()
 
     def _other(self, name: str) -> str:
-        pair = CONTENTS[2:]
-        for content in pair:
-            place = self.home.store / f"path-{content}"
-            if not place.exists():
-                shutil.copytree(self.home.path / "adapters" / content, place)
-        return pair[self.now.get(name) == pair[0]]
+        return RELOADED[self.now.get(name) == RELOADED[0]]
 
     def run(self, kind: str, num_rounds: int) -> None:
         """So many rounds; at the end nothing is left of them, and nothing after all is unloaded."""
@@ -400,9 +393,6 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, action="append")
     parser.add_argument("--loader", choices=("thread", "process"), action="append")
     options = parser.parse_args()
-    from loraswarm.adapters import scanner
-
-    scanner.SETTLE_S = 0.0  # in this process; files are replaced from one moment to the next
     with tempfile.TemporaryDirectory() as directory:
         home = Home(Path(directory))
         for loader in options.loader or ("thread", "process"):

@@ -153,7 +153,7 @@ class LoadWorker:
         # A file must have every matrix of its adapter, whatever the host has now.
         skip = job.shared if self._files is None else ()
         image = pack_adapter(adapter, self._spec.shape, self._spec.geometry, _host_memory, skip)
-        image = replace(image, info=stamped(adapter.info, stamp))
+        image = replace(image, info=stamped(image.info, stamp))
         warning = self._try_keep(replace(found, stamp=stamp), image)
         image = _named(image, found)
         return Loaded(
