@@ -265,6 +265,7 @@ class Replay:
         if num_prefill:
             self._memory.costs.saw_prefill(num_prefill, seconds)
         seconds += self._machine.step_s + self._machine.decode_s * len(decoding)
+        self._memory.costs.saw_step(seconds)
         self._is_stepping = True
         self._clock.at(self._clock.now_s + seconds, lambda: self._finish_step(chunks, decoding))
 

@@ -6,8 +6,10 @@ import random
 
 import pytest
 
-from loraswarm.memory.costs import CostModel
+from loraswarm.memory.costs import LOAD_STEPS, CostModel
 from loraswarm.memory.eviction import EvictionOrder, EvictionRules
+
+RULES = EvictionRules(burst_half_life_s=5.0, popular_half_life_s=200.0)
 
 
 class Clock:
@@ -46,44 +48,65 @@ def test_cost_lets_the_cheapest_byte_leave_first():
     assert drain(order) == ["b", "c", "a"]
 
 
-def test_cost_counts_uses_and_lets_old_ones_fade():
+def test_a_burst_of_uses_counts_about_once_and_uses_apart_count_each():
     clock = Clock()
-    order = EvictionOrder("cost", clock, EvictionRules(half_life_s=10.0))
-    for _ in range(4):
-        order.touch("often")
-    clock.now += 10.0
+    order = EvictionOrder("cost", clock, RULES)
+    for _ in range(9):
+        order.touch("burst")
+    for _ in range(3):
+        order.touch("apart")
+        clock.now += 133.0
+    for item in ("burst", "apart"):
+        order.touch(item)
+        order.offer(item, 1.0, 1)
+    clock.now += 133.0
+    assert drain(order) == ["burst", "apart"]
+
+
+def test_what_was_just_used_stays_before_what_is_popular_and_leaves_after_it_soon():
+    clock = Clock()
+    order = EvictionOrder("cost", clock, RULES)
+    for _ in range(3):
+        order.touch("popular")
+        clock.now += 133.0
     order.touch("new")
-    order.offer("often", 1.0, 1)
-    order.offer("new", 1.0, 1)
-    assert order.lowest() == "new", "4 uses of one half-life ago are worth 2 now"
-    order.withdraw("new")
-    clock.now += 15.0
-    order.touch("new")
-    order.offer("new", 1.0, 1)
-    assert order.lowest() == "often", "4 uses fade to 0.7, fewer than 1.35"
+    for item in ("popular", "new"):
+        order.offer(item, 1.0, 1)
+    assert order.lowest() == "popular"
+    clock.now += 133.0
+    assert order.lowest() == "new"
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_order_is_that_of_decayed_worths_at_any_later_time(seed):
+@pytest.mark.parametrize("later_s", [0.0, 1.0, 7.0, 133.0])
+def test_order_is_that_of_expected_uses_at_any_later_time(seed, later_s):
     rng = random.Random(seed)
     clock = Clock()
-    half_life_s = 7.0
-    order = EvictionOrder("cost", clock, EvictionRules(half_life_s=half_life_s))
-    uses = {item: [] for item in range(30)}
-    for _ in range(133):
+    order = EvictionOrder("cost", clock, RULES)
+    num_uses, last_s = {}, {}
+    for _ in range(333):
         clock.now += rng.random()
         item = rng.randrange(30)
         order.touch(item)
-        uses[item].append(clock.now)
-    prices = {item: (rng.uniform(0.1, 9.0), rng.randrange(1, 9)) for item in uses if uses[item]}
+        if item in last_s:
+            gap_s = clock.now - last_s[item]
+            num_uses[item] = num_uses[item] * 0.5 ** (gap_s / 200.0) + 1 - 0.5 ** (gap_s / 5.0)
+        else:
+            num_uses[item] = 1.0
+        last_s[item] = clock.now
+    prices = {item: (rng.uniform(0.1, 9.0), rng.randrange(1, 9)) for item in last_s}
     for item, price in prices.items():
         order.offer(item, *price)
-    clock.now += 100.0
+    for _ in range(3):
+        order.lowest()
+        clock.now += later_s / 3
 
     def worth(item):
         cost_s, num_bytes = prices[item]
-        decayed = sum(2.0 ** ((used - clock.now) / half_life_s) for used in uses[item])
-        return cost_s / num_bytes * decayed
+        age_s = clock.now - last_s[item]
+        soon = 0.5 ** (age_s / 5.0) / 5.0
+        popular = num_uses[item] * 0.5 ** (age_s / 200.0) / 200.0
+        return cost_s / num_bytes * max(soon, popular)
 
     assert drain(order) == sorted(prices, key=worth)
 
@@ -106,15 +129,18 @@ def test_only_what_is_offered_leaves_and_a_new_offer_replaces_the_old_one(policy
 
 
 def test_uses_are_remembered_after_an_item_has_left():
-    order = EvictionOrder("cost", Clock())
+    clock = Clock()
+    order = EvictionOrder("cost", clock, RULES)
     for _ in range(3):
         order.touch("back")
+        clock.now += 133.0
     order.offer("back", 1.0, 1)
     order.forget("back")
     assert order.lowest() is None
     for item in ("back", "stranger"):
         order.touch(item)
         order.offer(item, 1.0, 1)
+    clock.now += 133.0
     assert drain(order) == ["stranger", "back"]
 
 
@@ -155,7 +181,7 @@ def test_withdrawn_offers_do_not_pile_up(policy):
         order.touch("a")
         order.offer("a", 1.0, 1)
         order.withdraw("a")
-    assert len(order._heap) < 100
+    assert len(order._bursts) + len(order._popular) < 100
     assert drain(order) == ["stays"]
 
 
@@ -165,8 +191,10 @@ def test_costs_follow_what_is_measured():
         costs.saw_read(10**8, 1.0)
         costs.saw_copy(10**8, 0.1)
         costs.saw_prefill(100, 2.0)
-    assert costs.adapter_s(10**7, is_in_host=True) == pytest.approx(0.01, rel=0.01)
-    assert costs.adapter_s(10**7, is_in_host=False) == pytest.approx(0.11, rel=0.01)
+        costs.saw_step(0.5)
+    lost_s = 0.5 * LOAD_STEPS
+    assert costs.adapter_s(10**7, is_in_host=True) == pytest.approx(lost_s + 0.01, rel=1e-3)
+    assert costs.adapter_s(10**7, is_in_host=False) == pytest.approx(lost_s + 0.11, rel=1e-3)
     assert costs.prefix_page_s(16, 0) == pytest.approx(0.32, rel=0.01)
 
 
@@ -177,6 +205,7 @@ def test_costs_are_plausible_before_anything_is_measured_and_follow_a_change():
     for seconds in (1.0, 5.0):
         for _ in range(60):
             costs.saw_copy(10**8, seconds)
+            costs.saw_step(1e-6)
         assert costs.adapter_s(10**8, is_in_host=True) == pytest.approx(seconds, rel=0.02)
 
 

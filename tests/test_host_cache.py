@@ -24,7 +24,7 @@ class Clock:
         self.now = 0.0
 
     def __call__(self) -> float:
-        self.now += 1.0
+        self.now += 100.0
         return self.now
 
 

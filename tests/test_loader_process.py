@@ -178,7 +178,7 @@ def test_a_killed_process_fails_its_jobs_and_is_started_again(
     loader = ProcessLoader(spec_of(home, download_dir=str(tmp_path)))
     found = found_at(home, "rank-7")
     kept = load(loader, found).image
-    watched = dataclasses.replace(found, name="watched", is_by_request=True)
+    watched = dataclasses.replace(found, name="watched", stamp="before", is_by_request=True)
     loader.submit(WatchJob(2, watched))
     first = loader.pid
     assert first is not None

@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from adapter_factory import CONFIG_FILE, WEIGHTS_FILE, save_random_adapter, write_adapter
 from engine_factory import RANKS, prompt_of, tokens_of
 from loraswarm.adapters import scanner
+from loraswarm.adapters.reading import read_adapter_info
 from loraswarm.config import EngineConfig, Eviction
 from loraswarm.core.admin import AdapterState, UnloadAdapter
 from loraswarm.core.events import SequenceEvent
@@ -51,6 +52,7 @@ TARGETS = (("q_proj", "v_proj"), ("k_proj", "o_proj", "down_proj"), ("gate_proj"
 ANSWER = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 EXPLAINED = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=2)
 NUM_IN_FLIGHT = 24
+ABORT_EVERY = 37
 KV_PAGES = 40
 PATIENCE_S = 120.0
 IMAGE_FILES = "loraswarm-image"
@@ -92,8 +94,8 @@ class Swarm:
         self._right: dict[Question, Right] = {}
         self.undisturbed = self.engine(pool_bytes=1 << 30, prefix_caching=False)
         adapters = self.undisturbed._memory.adapters
-        infos = list(self.undisturbed._catalog.served.values())
-        assert len(infos) == num_adapters
+        shape = decoder_config(read_config(path / "model")).shape()
+        infos = [read_adapter_info(path / "adapters" / name, name, shape) for name in self.names]
         self.num_pages = [adapters.num_pages(info) for info in infos]
         self.num_bytes = [adapters.num_bytes(info).own for info in infos]
 
@@ -147,7 +149,7 @@ class Swarm:
         for index, name in enumerate(self.names):
             into = self.path / "adapters" / name
             if name in self._method_of:
-                _vary(self.path / "templates" / self._method_of[name], into, index)
+                vary(self.path / "templates" / self._method_of[name], into, index)
                 continue
             targets = TARGETS[index % len(TARGETS)]
             rank = RANKS[index % len(RANKS)]
@@ -171,6 +173,7 @@ class Traffic:
         weights = [1 / (rank + 1) ** EXPONENT for rank in range(len(self._names))]
         self._weights = list(accumulate(weights))
         self._open: dict[str, tuple[Question, list[SequenceEvent]]] = {}
+        self._num_asked = 0
         self._num_uses = 0
         self._num_activated = 0
         self.outcomes: Counter[str] = Counter()
@@ -178,12 +181,11 @@ class Traffic:
 
     def run(self, num_requests: int, check_every: int) -> None:
         """Keep NUM_IN_FLIGHT requests open until so many have come, then let them end."""
-        num_asked = num_steps = 0
+        num_steps = 0
         news_s = time.monotonic()
-        while num_asked < num_requests or self._open:
-            while num_asked < num_requests and len(self._open) < NUM_IN_FLIGHT:
-                self._ask(f"r{num_asked}")
-                num_asked += 1
+        while self._num_asked < num_requests or self._open:
+            while self._num_asked < num_requests and len(self._open) < NUM_IN_FLIGHT:
+                self._ask()
             events = self._engine.step(may_wait=False)
             if self._engine.is_blocked and not events:
                 self._engine.wait(0.05)
@@ -192,8 +194,6 @@ class Traffic:
             assert time.monotonic() - news_s < PATIENCE_S, f"nothing happens: {self._open}"
             for event in events:
                 self._take(event)
-            if self._open and self._random.random() < 0.005:
-                self._abort(self._random.choice(sorted(self._open)))
             num_steps += 1
             if num_steps % check_every == 0:
                 self._engine.check()
@@ -203,13 +203,17 @@ class Traffic:
         num_counted = stats.total_device_hits + stats.total_host_hits + stats.total_misses
         assert self._num_uses - self._num_activated <= num_counted <= self._num_uses
 
-    def _ask(self, request_id: str) -> None:
+    def _ask(self) -> None:
         question = self._question()
+        self._num_asked += 1
+        request_id = f"r{self._num_asked}"
         self._open[request_id] = (question, [])
         self._num_uses += len(question[0])
         # An activated LoRA is no use of an adapter where the prompt does not invoke it.
         self._num_activated += any(name in self._swarm.activated for name, _ in question[0])
         self._engine.add(_request(request_id, question, ANSWER))
+        if self._num_asked % ABORT_EVERY == 0:
+            self._abort(self._random.choice(sorted(self._open)))
 
     def _question(self) -> Question:
         prompt = prompt_of(self._random.randrange(4), self._random.choice([7, 33, 70, 97]))
@@ -284,7 +288,7 @@ def _request(request_id: str, question: Question, params: SamplingParams) -> Req
     )
 
 
-def _vary(template: Path, path: Path, seed: int) -> None:
+def vary(template: Path, path: Path, seed: int) -> None:
     """The template with other values, but for the matrices that a method's adapters share."""
     generator = torch.Generator().manual_seed(seed)
     tensors = load_file(template / WEIGHTS_FILE)

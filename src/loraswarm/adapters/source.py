@@ -148,4 +148,7 @@ def errors_name(name: str) -> Iterator[None]:
     else:
         return
     line = one_line(f"adapter {quoted(name)}: {message}", MAX_MESSAGE_CHARACTERS)
-    raise AdapterError(line) from cause
+    try:
+        raise AdapterError(line) from cause
+    finally:
+        del cause  # else it would keep this frame, and all that called it, until a collection

@@ -267,8 +267,10 @@ class Engine:
         prepared = self._runner.prepare(step, self._memory.kv_cache)
         logits_ZV = self._runner.run(prepared)
         results = chunk_results(logits_ZV, prepared.rows)
+        seconds = time.perf_counter() - start_s
+        self._memory.costs.saw_step(seconds)
         if step.num_tokens >= MIN_TIMED_TOKENS:
-            self._memory.costs.saw_prefill(step.num_tokens, time.perf_counter() - start_s)
+            self._memory.costs.saw_prefill(step.num_tokens, seconds)
         return self._scheduler.commit(step, results)
 
     def _may_go_on(self) -> bool:

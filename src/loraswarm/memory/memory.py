@@ -105,6 +105,8 @@ class Memory:
         if not self.has_room(least):
             self.pool.require(least)
         evicted: list[AdapterKey] = []
+        while self.pool.num_free < least and self._evict_one(evicted):
+            pass
         while True:
             try:
                 return self.adapters.pin(info), evicted
