@@ -343,7 +343,7 @@ def remote(faults, s3, swarm, monkeypatch):  # noqa: F811
     engine.close()
 
 
-@pytest.mark.parametrize("fault", [500, 403, 503, "silent"])
+@pytest.mark.parametrize("fault", [500, 403, "silent"])
 def test_objects_that_s3_does_not_give_fail_their_own_requests_until_it_does(
     remote, faults, expected, fault
 ):

@@ -69,7 +69,7 @@ class Right:
     leads: list[float]
 
     def is_met_by(self, tokens: list[int]) -> str:
-        """"right"; "tie", where two tokens were equally likely but for rounding; or "wrong"."""
+        """ "right"; "tie", where two tokens were equally likely but for rounding; or "wrong"."""
         for place, token in enumerate(tokens[: len(self.tokens)]):
             if token != self.tokens[place]:
                 return "tie" if self.leads[place] < TOLERANCE[torch.float32][1] else "wrong"

@@ -6,7 +6,9 @@ Called by the engine's thread alone, which is woken when a copy is done.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -89,6 +91,7 @@ class PageCopier:
         self._thread.join()
 
     def _run(self) -> None:
+        _give_way()
         while (job := self._jobs.get()) is not None and not self._is_closed:
             load, image = job
             self._done.append((load, self._copy(load, image)))
@@ -104,3 +107,11 @@ class PageCopier:
             _logger.exception("adapter copy failed name=%r", load.info.name)
             return CopyDone(load.info.key, time.perf_counter() - begin, 0, error)
         return CopyDone(load.info.key, time.perf_counter() - begin, num_bytes)
+
+
+def _give_way() -> None:
+    """Let this thread have the cores that the engine's threads leave idle: copying takes bandwidth
+    from a step, but no time of its threads."""
+    if hasattr(os, "SCHED_IDLE"):
+        with contextlib.suppress(OSError):  # forbidden: then it competes
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
