@@ -18,14 +18,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "long"))
 
-from adapter_factory import CONFIG_FILE, WEIGHTS_FILE
 from churn import KINDS, churn_of
 from churn import Home as ChurnHome
+
+from adapter_factory import CONFIG_FILE, WEIGHTS_FILE
 from engine_factory import make_engine, make_request, prompt_of, run_alone, save_swarm, tokens_of
 from loraswarm.adapters import catalog, scanner
 from loraswarm.core.admin import LoadAdapter, RescanAdapters, UnloadAdapter
 from loraswarm.core.events import ErrorInfo
 from loraswarm.core.request import SamplingParams
+from loraswarm.engine import loader_worker
 from loraswarm.errors import LoRASwarmError
 
 NUM_ROUNDS = 25
@@ -233,6 +235,60 @@ def test_loading_what_is_being_written_is_refused_until_it_is_whole(home, tmp_pa
     engine.close()
 
 
+def point(store: Path, name: str, to: Path) -> None:
+    """A link is renamed over."""
+    (store.parent / "young").symlink_to(to)
+    os.replace(store.parent / "young", store / name)
+
+
+def test_going_back_to_the_content_before_is_seen_though_nobody_scanned_between(home, tmp_path):
+    store = home.store(tmp_path)
+    point(store, "x", home.old)
+    engine = home.engine(store)
+    point(store, "x", home.new)
+    assert ask(engine) == home.answers["a001"]
+    point(store, "x", home.old)
+    command(engine, RescanAdapters())
+    assert ask(engine) == home.answers["a000"]
+    engine.close()
+
+
+def test_a_load_under_way_is_not_shared_with_requests_for_later_content(
+    home, tmp_path, monkeypatch
+):
+    """The load was begun for the old content and read the new one; since, the old one is back."""
+    store = home.store(tmp_path)
+    point(store, "x", home.old)
+    engine = home.engine(store)
+    has_read, may_pack = threading.Event(), threading.Event()
+    pack = loader_worker.pack_adapter
+
+    def pack_late(*arguments, **options):
+        has_read.set()
+        assert may_pack.wait(60)
+        return pack(*arguments, **options)
+
+    monkeypatch.setattr(loader_worker, "pack_adapter", pack_late)
+    point(store, "x", home.new)
+    engine.add(make_request("first", "x", PROMPT, ANSWER))
+    assert has_read.wait(60)
+    command(engine, RescanAdapters())
+    point(store, "x", home.old)
+    command(engine, RescanAdapters())
+    engine.add(make_request("second", "x", PROMPT, ANSWER))
+    may_pack.set()
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    tokens = {
+        name: tuple(tokens_of(event for event in events if event.request_id == name))
+        for name in ("first", "second")
+    }
+    assert tokens["second"] == home.answers["a000"]
+    assert tokens["first"] in home.answers.values()
+    engine.close()
+
+
 def test_unloading_waits_for_requests_of_a_name_that_was_described_long_ago(
     home, tmp_path, monkeypatch
 ):
@@ -255,7 +311,8 @@ def test_unloading_waits_for_requests_of_a_name_that_was_described_long_ago(
         engine.step(may_wait=False)
         command_answers = engine.take_answers()
     assert not isinstance(command_answers[0].result, ErrorInfo)
-    assert {key[0] for key in engine._memory.adapters.keys()} <= {"calm"}
+    resident = engine._memory.adapters.keys()
+    assert {name for name, _ in resident} <= {"calm"}
     engine.close()
 
 

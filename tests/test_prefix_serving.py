@@ -165,6 +165,19 @@ def test_an_activated_adapter_shares_the_bases_pages_before_its_invocation(
     assert expected != serve(plain, (), prompt)[0]
 
 
+def test_an_invocation_across_a_page_boundary_does_not_share_a_page_adapted_from_earlier(
+    engine, plain, page
+):
+    prompt = list(with_invocation(prompt_of(6, LENGTH), 5))
+    prompt[page - 1 : page + 1] = INVOCATION
+    across = tuple(prompt)
+    prompt[page] += 1
+    earlier = tuple(prompt)
+    expected = serve(plain, one("alora"), across)[0]
+    assert serve(engine, one("alora"), earlier) == (serve(plain, one("alora"), earlier)[0], 0)
+    assert serve(engine, one("alora"), across) == (expected, 0)
+
+
 def test_the_base_shares_what_an_activated_adapter_computed_before_its_invocation(
     engine, plain, page
 ):

@@ -1,4 +1,4 @@
-"""A store, a file, a disk or the loader fails: what is in memory is served on, errors name the cause.
+"""A store, a file, a disk or the loader fails: the rest is served on, and errors name the cause.
 
 From the engine's side; tests/test_remote_stores.py has the stores themselves.
 """
@@ -61,6 +61,9 @@ def store(swarm, tmp_path, monkeypatch):
 @pytest.fixture
 def engine(swarm, store):
     engine = make_engine(swarm, adapters=(str(store),))
+    while engine._catalog.undescribed():  # on a slow machine some are looked into later
+        engine.step(may_wait=False)
+        engine.wait(0.01)
     yield engine
     engine.check()
     engine.close()

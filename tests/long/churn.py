@@ -2,9 +2,10 @@
 
     python tests/long/churn.py [--rounds 500] [--seed 0] [--kind reload] [--loader process]
 
-Each content of an adapter has answers of its own, known from an undisturbed engine. Whatever is done
-to a name, each of its answers must be that of one content that was current between the request's
-arrival and its end. tests/test_churn.py runs a few rounds of each kind with every test run.
+Each content of an adapter has answers of its own, known from an undisturbed engine. Whatever is
+done to a name, each of its answers must be that of one content that was current between the
+request's arrival and its end. tests/test_churn.py runs a few rounds of each kind with every test
+run.
 """
 
 from __future__ import annotations
@@ -124,7 +125,9 @@ class Churn:
     `now` is what each name is known to be served with, None while it is not.
     """
 
-    def __init__(self, home: Home, seed: int = 0, has_process: bool = False, **options: Any) -> None:
+    def __init__(
+        self, home: Home, seed: int = 0, has_process: bool = False, **options: Any
+    ) -> None:
         home.renew()
         self.home = home
         self.engine = home.engine(home.store, has_process, **options)
@@ -211,7 +214,7 @@ class Churn:
             self._ask_either(MOVED, content)
             self.pump(self.random.randrange(3))
         report = self.result(number)
-        assert MOVED in getattr(report, "changed", ()), report
+        assert self._is_seen(MOVED), report
         self.now[MOVED] = content
         self.traffic()
 

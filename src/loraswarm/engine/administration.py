@@ -69,6 +69,7 @@ class Administration:
         self._reports: dict[int, ScanReport] = {}
         self._arrived: list[tuple[Entry, Entry]] = []
         self._pins: dict[str, Entry] = {}
+        self._pinning: list[Entry] = []
         self._next_own_id = -1
 
     @property
@@ -78,7 +79,8 @@ class Administration:
     @property
     def num_pinned_pages(self) -> int:
         """Pages that the operator's pins take for good."""
-        infos = [entry.info for entry in self._pins.values() if entry.info is not None]
+        entries = (*self._pins.values(), *self._pinning)
+        infos = [entry.info for entry in entries if entry.info is not None]
         return sum(self._memory.adapters.num_pages(info) for info in infos)
 
     def pinned_names(self) -> frozenset[str]:
@@ -165,8 +167,10 @@ class Administration:
         self._loader.submit(UnwatchJob(self._residency.next_job_id(), name))
         self.follow_catalog()
         self._residency.drop_stale()
-        while self._states.is_used(entry):
+        used = [entry]
+        while any(map(self._states.is_used, used)):
             yield
+            used += [found for wanted, found in self._arrived if wanted.found == entry.found]
         return state
 
     def _pin(self, name: str) -> Course:
@@ -175,12 +179,18 @@ class Administration:
             return self._states.of(name)
         self._check_room(entry)
         self._residency.begin_use(entry)
+        self._pinning.append(entry)
         try:
             yield from self._hold_in_pages(entry)
         except BaseException:
             self._residency.end_use(entry.key)
             raise
-        self._pins[name] = entry
+        finally:
+            self._pinning.remove(entry)
+        if name in self._pins or not self._catalog.is_current(entry.key):
+            self._let_go(entry)  # another command has pinned it, or it is served no more
+        else:
+            self._pins[name] = entry
         return self._states.of(name)
 
     def _check_room(self, entry: Entry) -> None:
@@ -208,8 +218,11 @@ class Administration:
         yield  # a generator, as every command
 
     def _unpin(self, name: str) -> None:
-        entry = self._pins.pop(name)
-        self._memory.adapters.unpin(entry.key)
+        self._let_go(self._pins.pop(name))
+
+    def _let_go(self, entry: Entry) -> None:
+        """Take back the pin of a command."""
+        self._memory.adapters.unpin(entry.key, was_used=False)
         self._residency.end_use(entry.key)
 
     def _prefetch(self, name: str) -> Course:

@@ -31,7 +31,7 @@ from loraswarm.engine.states import AdapterStates
 from loraswarm.engine.step import Step
 from loraswarm.engine.upkeep import Upkeep
 from loraswarm.engine.wakeup import Wakeup
-from loraswarm.errors import InvalidRequest, LoRASwarmError, StoreError
+from loraswarm.errors import EngineError, InvalidRequest, LoRASwarmError, StoreError
 from loraswarm.memory.host_cache import HostCache
 from loraswarm.memory.memory import Memory
 from loraswarm.memory.page_copier import PageCopier
@@ -92,6 +92,7 @@ class Engine:
         self._administration = Administration(
             parts.catalog, parts.residency, parts.memory, parts.loader, self._states
         )
+        parts.residency.may_overrun = lambda: parts.scheduler.num_waiting == 0
         self._states.pinned_names = self._administration.pinned_names
         administration = self._administration
         self._sequences = SequenceMaker(
@@ -129,6 +130,7 @@ class Engine:
                  it is known that it cannot be served; nothing else is touched. What is only
                  found when the adapter is read comes as an event.
         """
+        self._require_open()
         if request.request_id in self._used:
             raise InvalidRequest(f"request id {request.request_id!r} is already in use")
         entries = [self._catalog.resolve(name) for name, _ in request.weighted_adapters]
@@ -177,6 +179,7 @@ class Engine:
 
         If nothing can run because adapters are on their way, it waits for news, unless told not to.
         """
+        self._require_open()
         events = self._collect()
         step = self._scheduler.plan()
         self._runner.forget(step.dropped)
@@ -201,6 +204,7 @@ class Engine:
 
     def begin_command(self, command_id: int, command: AdminCommand) -> None:
         """Start what an operator asks for; it goes on with the steps."""
+        self._require_open()
         self._administration.begin(command_id, command)
 
     def take_answers(self) -> list[Answer]:
@@ -262,6 +266,10 @@ class Engine:
         forgotten."""
         self._closing()
 
+    def _require_open(self) -> None:
+        if not self._closing.alive:
+            raise EngineError("the engine is closed")
+
     def _run(self, step: Step) -> list[SequenceEvent]:
         start_s = time.perf_counter()
         prepared = self._runner.prepare(step, self._memory.kv_cache)
@@ -280,6 +288,8 @@ class Engine:
     def _collect(self) -> list[SequenceEvent]:
         """Take the news and pass them on to whom they concern."""
         self._parts.wakeup.clear()
+        # First: one that commands have made leave may have been copied back already.
+        self._runner.forget(self._memory.take_dropped())
         news = self._residency.take_news()
         events: list[SequenceEvent] = []
         arrived = [(one.wanted, self._enter(one)) for one in news.arrived]
@@ -287,6 +297,8 @@ class Engine:
             events += self._on_arrived(wanted, entry)
         for entry, error in news.failed:
             events += self._on_failed(entry, error)
+            if error.error_type == StoreError.error_type:
+                self._upkeep.look_again()
         events += self._scheduler.fail_adapters(news.uncopied)
         reports: dict[int, ScanReport] = {}
         for result in news.others:
@@ -314,15 +326,22 @@ class Engine:
             self._arrivals.remove(arrival.request.request_id)
             place = next(i for i, e in enumerate(arrival.entries) if e.name == entry.name)
             self._exchange(arrival, place, entry)
-            if not all(map(self._residency.is_within_reach, arrival.entries)):
-                self._arrivals.add(arrival)
-                continue
             try:
-                self._schedule(arrival)
+                self._wait_or_schedule(arrival)
             except LoRASwarmError as problem:
                 self._release(arrival)
                 events.append(_error_event(arrival.request.request_id, ErrorInfo.of(problem)))
         return events
+
+    def _wait_or_schedule(self, arrival: Arrival) -> None:
+        """Queue the sequence of an arrival, or bring what it still lacks, or lacks again."""
+        errors = [error for entry in arrival.entries if (error := self._residency.bring(entry))]
+        if errors:
+            raise ReportedError(errors[0])
+        if all(map(self._residency.is_within_reach, arrival.entries)):
+            self._schedule(arrival)
+        else:
+            self._arrivals.add(arrival)
 
     def _on_failed(self, entry: Entry, error: ErrorInfo) -> list[SequenceEvent]:
         events = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from loraswarm.adapters.adapter import AdapterInfo
@@ -74,6 +74,8 @@ class Residency:
         self._entries: dict[AdapterKey, Entry] = {}
         self._lost: list[tuple[Entry, ErrorInfo]] = []
         self._fresh: list[AdapterKey] = []
+        self._released: list[AdapterKey] = []
+        self.may_overrun: Callable[[], bool] = lambda: False
         self.num_failures = 0
         self.loads = {"read": TimeTotals(), "copy": TimeTotals()}
 
@@ -153,7 +155,6 @@ class Residency:
         for key in {*self._host.keys(), *self._memory.adapters.keys()}:
             if not self._users[key] and not self._catalog.is_current(key):
                 self._drop(key)
-        self._users = +self._users
 
     def is_at_hand(self, key: AdapterKey) -> bool:
         """See AdapterSupply."""
@@ -171,19 +172,23 @@ class Residency:
         self._host.protect(key)
 
     def release(self, key: AdapterKey) -> None:
-        """See AdapterSupply."""
-        self._host.unprotect(key)
+        """See AdapterSupply; takes effect with `start_copies`, which may need the image."""
+        self._released.append(key)
 
     def touch(self, key: AdapterKey) -> None:
         """A request asks for the adapter."""
         self._host.touch(key)
 
     def start_copies(self, loads: Iterable[AdapterLoad]) -> None:
-        """Begin to copy adapters from host memory into the pages that a step has given them."""
+        """Begin to copy adapters from host memory into the pages that they have been given; what
+        nobody holds any more may leave the host from now on."""
         for load in loads:
             image = self._host.get(load.info.key)
             assert image is not None, f"{load.info.key} was admitted but is not in host memory"
             self._copier.submit(load, image)
+        for key in self._released:
+            self._host.unprotect(key)
+        self._released.clear()
 
     def let_go(self) -> None:
         """What has come with the last news is used by now, or may leave host memory again."""
@@ -245,12 +250,18 @@ class Residency:
         news.uncopied[done.key] = ErrorInfo(message, EngineError.error_type, 500)
 
     def _submit(self) -> None:
-        """Start queued loads, oldest first, while they fit the host beside what it must keep."""
+        """Start queued loads, oldest first, while they fit the host beside what it must keep.
+
+        One at a time goes ahead without, while nothing that is kept would leave otherwise:
+        requests for several adapters, of which each keeps a part, must not wait for each other.
+        """
         while self._queue and len(self._open) < MAX_OPEN_LOADS:
             found, entry = next(iter(self._queue.items()))
             num_loading_bytes = sum(self._num_bytes(other) for other in self._open.values())
             if not self._host.may_load(self._num_bytes(entry), num_loading_bytes):
-                return
+                is_stuck = not self._open and not self._copier.num_copying
+                if not (is_stuck and self.may_overrun()):
+                    return
             del self._queue[found]
             job_id = self.next_job_id()
             self._open[job_id] = entry

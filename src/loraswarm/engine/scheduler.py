@@ -212,9 +212,11 @@ class Scheduler:
         waiting = [sequence for sequence in self._waiting if self._is_at_hand(sequence)]
         while waiting and budget > 0 and len(self._running) < self._limits.num_sequences:
             sequence = self._policy.next_waiting(waiting)
+            waiting.remove(sequence)
+            if not self._is_at_hand(sequence):
+                continue  # an earlier one has taken its pages
             if not self._try_start(sequence):
                 return
-            waiting.remove(sequence)
             if self._is_ready(sequence):
                 planned[sequence] = min(sequence.num_uncomputed, budget)
                 budget -= planned[sequence]

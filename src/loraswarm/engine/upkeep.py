@@ -18,6 +18,7 @@ from loraswarm.engine.loader import Loader
 from loraswarm.engine.loader_jobs import JobFailed, Result, ScanDone, ScanJob, Surveyed, SurveyJob
 
 SECOND_LOOK_S = 0.6
+MIN_SCAN_INTERVAL_S = 30.0  # of scans that failures ask for
 SURVEY_SIZE = 64
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Upkeep:
         self._refresh_interval_s = refresh_interval_s
         self._clock = clock
         self._scan_due_s: float | None = None
+        self._last_scan_s = -MIN_SCAN_INTERVAL_S
         self._scan_id: int | None = None
         self._survey_id: int | None = None
         self._to_survey: deque[Found] = deque()
@@ -54,6 +56,7 @@ class Upkeep:
         """Start what is due."""
         if self._scan_due_s is not None and self._clock() >= self._scan_due_s:
             self._scan_due_s = None
+            self._last_scan_s = self._clock()
             self._scan_id = self._next_job_id()
             self._loader.submit(ScanJob(self._scan_id))
         if self._survey_id is None and self._to_survey:
@@ -61,6 +64,12 @@ class Upkeep:
             found = tuple(self._to_survey.popleft() for _ in range(count))
             self._survey_id = self._next_job_id()
             self._loader.submit(SurveyJob(self._survey_id, found))
+
+    def look_again(self) -> None:
+        """A store has failed, or its files have changed since they were found: scan before long."""
+        due_s = max(self._clock() + SECOND_LOOK_S, self._last_scan_s + MIN_SCAN_INTERVAL_S)
+        if self._scan_due_s is None or due_s < self._scan_due_s:
+            self._scan_due_s = due_s
 
     def take(self, result: Result) -> ScanReport | None:
         """Enter a scan's or a survey's result into the catalog; what a scan has changed."""
