@@ -1,5 +1,5 @@
-"""Two threads for everything, so that tests run alike on two cores and on many. Adapters that a test
-has just written are taken as complete."""
+"""Two threads for everything, so that tests run alike on two cores and on many. Adapters that a
+test has just written are taken as complete."""
 
 import os
 

@@ -46,7 +46,7 @@ class Entry:
 
     @property
     def found(self) -> Found:
-        """What it was made of, as stores know it."""
+        """What it was made of."""
         return Found(self.name, self.location, self.stamp, is_by_request=self.is_by_request)
 
     @property
@@ -254,7 +254,6 @@ class Catalog:
         return self.entry_of(key) is not None
 
     def undescribed(self) -> list[Entry]:
-        """What nobody has looked into yet."""
         return [row.entry for row in self._rows.values() if _is_undescribed(row)]
 
     def summary(self, name: str) -> AdapterSummary:
@@ -339,8 +338,7 @@ class Catalog:
         step = self._generations.last if found.problem is not None else self._generations.next
         self._drop(name)
         self._unserved.reload(name)
-        by_request = found.is_by_request
-        entry = Entry(name, found.location, found.stamp, step(name), None, by_request)
+        entry = Entry(name, found.location, found.stamp, step(name), None, found.is_by_request)
         row = self._rows[name] = _Row(entry, _undescribed_summary(entry), found)
         if name == self._model_name:
             self._refuse(
@@ -369,8 +367,7 @@ class Catalog:
         row = self._rows.get(entry.name)
         if row is None:
             return None
-        of_row, of_entry = replace(row.entry, info=None), replace(entry, info=None)
-        return row if of_row == of_entry else None
+        return row if replace(row.entry, info=None) == replace(entry, info=None) else None
 
     def _forget_infos(self) -> None:
         while len(self._described) > MAX_INFOS:

@@ -23,7 +23,7 @@ from loraswarm.engine.administration import Administration, Answer
 from loraswarm.engine.arrivals import Arrival, Arrivals
 from loraswarm.engine.loader import Loader
 from loraswarm.engine.model_runner import ModelRunner
-from loraswarm.engine.residency import Arrived, Residency
+from loraswarm.engine.residency import Residency
 from loraswarm.engine.results import chunk_results
 from loraswarm.engine.scheduler import Scheduler
 from loraswarm.engine.sequence_maker import SequenceMaker
@@ -292,7 +292,7 @@ class Engine:
         self._runner.forget(self._memory.take_dropped())
         news = self._residency.take_news()
         events: list[SequenceEvent] = []
-        arrived = [(one.wanted, self._enter(one)) for one in news.arrived]
+        arrived = [(o.wanted, self._catalog.learned(o.wanted, o.info)) for o in news.arrived]
         for wanted, entry in arrived:
             events += self._on_arrived(wanted, entry)
         for entry, error in news.failed:
@@ -312,10 +312,6 @@ class Engine:
             self._residency.drop_stale()
         self._upkeep.tick()
         return events
-
-    def _enter(self, one: Arrived) -> Entry:
-        """What has come, as the catalog knows it from now on."""
-        return self._catalog.learned(one.wanted, one.info)
 
     def _on_arrived(self, wanted: Entry, entry: Entry) -> list[SequenceEvent]:
         events: list[SequenceEvent] = []
@@ -387,10 +383,9 @@ class Engine:
         self._release(arrival)
 
     def _note_ends(self, events: Iterable[SequenceEvent]) -> None:
-        for event in events:
-            if event.finish_reason is not None:
-                for key in self._used.pop(event.request_id, ()):
-                    self._residency.end_use(key)
+        for event in (event for event in events if event.finish_reason is not None):
+            for key in self._used.pop(event.request_id, ()):
+                self._residency.end_use(key)
 
 
 def _replaced(name: str) -> ErrorInfo:
