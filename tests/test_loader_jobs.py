@@ -30,6 +30,7 @@ from loader_factory import (
     spec_of,
     wait_for,
 )
+from loraswarm.adapters.local_store import LocalStore
 from loraswarm.adapters.stores import Found, Store
 from loraswarm.core.client import AdapterSummary
 from loraswarm.engine import loader_worker
@@ -176,7 +177,7 @@ def test_a_survey_describes_refuses_and_skips(home: Path, tmp_path: Path):
         tmp_path / "refused", shape_at(home), config_overrides={"peft_type": "NONSENSE"}
     )
     spec = dataclasses.replace(spec_of(home), roots=(*spec_of(home).roots, str(tmp_path)))
-    good, refused = found_at(home, "rank-33"), Found("refused", str(tmp_path / "refused"), "s")
+    good, refused = found_at(home, "rank-33"), LocalStore(str(tmp_path)).locate("refused")
     problem = dataclasses.replace(found_at(home, "rank-7"), problem="bad name")
     remote = Found("far", "s3://bucket/far", "s")
     result = LoadWorker(spec).run(SurveyJob(3, (good, refused, problem, remote)))
@@ -297,8 +298,8 @@ class FarStore:
     def look(self) -> list[Found]:
         return []
 
-    def stamp_of(self, found: Found) -> str:
-        return found.stamp
+    def look_again(self, found: Found) -> Found:
+        return found
 
     def fetch(self, found: Found, into: Path) -> Path:
         shutil.copytree(self.source, into / "a")

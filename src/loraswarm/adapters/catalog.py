@@ -202,18 +202,19 @@ class Catalog:
             self._described[name] = self._described.pop(name)
         return row.entry
 
-    def learned(self, entry: Entry, info: AdapterInfo) -> Entry:
-        """Enter what files turned out to be; returns the entry with its `info`.
+    def learned(self, entry: Entry, info: AdapterInfo, stamp: str | None = None) -> Entry:
+        """Enter what files turned out to be, and the `stamp` of what was read if that was not what
+        was found; returns the entry with both.
 
-        Another digest than before is a new generation: files have changed since they were found.
-        If the name has moved on, nothing changes.
+        Another digest is a new generation. If the name has moved on, nothing changes.
         """
         row = self._row_of(entry)
         if row is None:
-            return replace(entry, info=info)
+            return replace(entry, info=info, stamp=stamp or entry.stamp)
         is_new = row.summary.digest not in ("", info.digest)
         generation = self._generations.next(entry.name) if is_new else entry.generation
-        row.entry = replace(entry, generation=generation, info=info)
+        row.entry = replace(entry, generation=generation, info=info, stamp=stamp or entry.stamp)
+        row.found = replace(row.found, stamp=row.entry.stamp)
         row.summary = _summary(row.entry, info)
         self._touched.add(entry.name)
         self._described.pop(entry.name, None)
@@ -240,7 +241,7 @@ class Catalog:
         self._touched.add(found.name)
 
     def entry_named(self, name: str) -> Entry | None:
-        """The generation that `name` stands for; None if it is not served."""
+        """What `name` stands for; None if it is not served."""
         row = self._rows.get(name)
         return None if row is None or row.summary.refusal is not None else row.entry
 
@@ -250,7 +251,6 @@ class Catalog:
         return row.entry if row is not None and row.summary.digest == key[1] else None
 
     def is_current(self, key: AdapterKey) -> bool:
-        """Whether new requests for the name get that content."""
         return self.entry_of(key) is not None
 
     def undescribed(self) -> list[Entry]:

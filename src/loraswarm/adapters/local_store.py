@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,10 +88,11 @@ class LocalStore:
             return None
         return _found(location, contents)
 
-    def stamp_of(self, found: Found) -> str:
+    def look_again(self, found: Found) -> Found:
         """See `Store`."""
         try:
-            return _contents_of(Path(found.location)).stamp
+            contents = _contents_of(Path(found.location))
+            return replace(found, stamp=contents.stamp, changed_s=contents.changed_s)
         except OSError as error:
             raise StoreError(failure_line(self._root, error, found.name)) from error
 

@@ -34,6 +34,7 @@ from loraswarm.errors import ConfigError, LoRASwarmError, PathNotFound, StoreErr
 
 T = TypeVar("T")
 MAX_ADAPTER_BYTES = 64 << 30
+MAX_PATH_CHARACTERS = 1024
 _Files = Mapping[str, RemoteFile]
 
 
@@ -78,9 +79,9 @@ class RemoteStore:
             raise PathNotFound(f"there is no adapter at {quoted(path)}")
         return self._found(below, parts)
 
-    def stamp_of(self, found: Found) -> str:
+    def look_again(self, found: Found) -> Found:
         """See `Store`."""
-        return found.stamp
+        return found
 
     def fetch(self, found: Found, into: Path) -> Path:
         """See `Store`. All files are of the version that was found, or none is returned."""
@@ -105,7 +106,8 @@ class RemoteStore:
         elif path.startswith("/"):
             return None
         path = path.removesuffix("/")
-        is_plain = path.isprintable() and not any(char in path for char in "%?#\\:")
+        is_plain = len(path) <= MAX_PATH_CHARACTERS and path.isprintable()
+        is_plain = is_plain and not any(char in path for char in "%?#\\:")
         parts = path.split("/") if path else []
         return path if is_plain and not {"", ".", ".."} & set(parts) else None
 

@@ -63,6 +63,7 @@ class Scanner:
         self._clock = clock or Clock()
         self._lock = threading.Lock()
         self._watched: dict[str, Found] = {}
+        self._forgotten: set[_Place] = set()
         # The rest belongs to `scan`, of which one runs at a time.
         self._scan_lock = threading.Lock()
         self._listed: dict[int, list[Found]] = {}
@@ -73,13 +74,17 @@ class Scanner:
     def scan(self) -> ScanChange:
         """Look at every store; what differs from the last scan. Blocks."""
         with self._scan_lock:
+            with self._lock:
+                forgotten, self._forgotten = self._forgotten, set()
             looks = self._look()
             known = {_place(found): found for found in self._watched_now()} | self._taken
             taken, pending = self._settle(looks, known)
             gone = [found for place, found in self._taken.items() if place not in taken]
             change = ScanChange(
                 found=tuple(
-                    found for place, found in taken.items() if _differs(found, known.get(place))
+                    found
+                    for place, found in taken.items()
+                    if place in forgotten or _differs(found, known.get(place))
                 ),
                 removed=tuple(gone),
                 pending=tuple(pending),
@@ -118,6 +123,28 @@ class Scanner:
         """Forget what a request has named; no-op if it is not watched."""
         with self._lock:
             self._watched.pop(name, None)
+
+    def forget(self, found: Found) -> None:
+        """Let the next scan report it again: what was read in its place was not what was found."""
+        with self._lock:
+            self._forgotten.add(_place(found))
+
+    def rested_stamp(self, found: Found) -> str:
+        """The stamp of what is at the place of `found` now. If that is something else and
+        young, blocks for `settle_s`.
+
+        Raises    StoreError; Overloaded if it is still being written.
+        """
+        store = self.store_of(found.location)
+        now_s = self._clock.now()
+        seen = store.look_again(found)
+        if seen.stamp != found.stamp and self._is_young(seen, now_s):
+            self._clock.sleep(self._settle_s)
+            if store.look_again(found).stamp != seen.stamp:
+                raise Overloaded(
+                    f"adapter {quoted(found.name)} is still being written; try again in a moment"
+                )
+        return seen.stamp
 
     def store_of(self, location: str) -> Store:
         """The store that the location of a Found is in. Raises StoreError if it is in none."""

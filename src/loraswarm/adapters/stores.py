@@ -80,9 +80,9 @@ class Store(Protocol):
         """
         ...
 
-    def stamp_of(self, found: Found) -> str:
-        """The stamp of what is there now; of a remote adapter, whose files `fetch` compares, the
-        one it was found with.
+    def look_again(self, found: Found) -> Found:
+        """`found` with the stamp and age of what is there now; if it is remote, as it is, since
+        `fetch` compares.
 
         Raises    StoreError if it cannot be looked at.
         """

@@ -7,7 +7,7 @@ round of news until it returns; it never waits. Called by the engine's thread.
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraswarm.adapters.catalog import Catalog, Entry
 from loraswarm.core.admin import (
@@ -152,7 +152,8 @@ class Administration:
         assert isinstance(located, Located)
         found = located.found
         candidate = Entry(found.name, found.location, found.stamp, 0, None, is_by_request=True)
-        info = (yield from self._bring(candidate)).info
+        read = yield from self._bring(candidate)
+        info, found = read.info, replace(found, stamp=read.stamp)
         assert info is not None
         entry = self._catalog.register(found, command.in_place)
         self._catalog.learned(entry, info)

@@ -10,19 +10,18 @@ import random
 import select
 import time
 import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from loraswarm.adapters.catalog import Catalog, Entry
+from loraswarm.adapters.catalog import Catalog
 from loraswarm.core.admin import AdapterState, AdminCommand, ScanReport
 from loraswarm.core.client import AdapterSummary, EngineInfo, EngineStats
-from loraswarm.core.events import ErrorInfo, ReportedError, SequenceEvent
+from loraswarm.core.events import SequenceEvent
 from loraswarm.core.request import Request
-from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.administration import Administration, Answer
-from loraswarm.engine.arrivals import Arrival, Arrivals
+from loraswarm.engine.arrivals import Arrivals
 from loraswarm.engine.loader import Loader
 from loraswarm.engine.model_runner import ModelRunner
+from loraswarm.engine.reception import Reception
 from loraswarm.engine.residency import Residency
 from loraswarm.engine.results import chunk_results
 from loraswarm.engine.scheduler import Scheduler
@@ -31,7 +30,7 @@ from loraswarm.engine.states import AdapterStates
 from loraswarm.engine.step import Step
 from loraswarm.engine.upkeep import Upkeep
 from loraswarm.engine.wakeup import Wakeup
-from loraswarm.errors import EngineError, InvalidRequest, LoRASwarmError, StoreError
+from loraswarm.errors import EngineError, StoreError
 from loraswarm.memory.host_cache import HostCache
 from loraswarm.memory.memory import Memory
 from loraswarm.memory.page_copier import PageCopier
@@ -81,10 +80,7 @@ class Engine:
         self._memory = parts.memory
         self._residency = parts.residency
         self._scheduler = parts.scheduler
-        self._random = random.Random(seed)
         self._arrivals = Arrivals()
-        self._used: dict[str, list[AdapterKey]] = {}
-        self._num_requests = 0
         self._is_blocked = False
         self._states = AdapterStates(
             parts.catalog, parts.residency, parts.memory, parts.scheduler, self._arrivals
@@ -95,8 +91,14 @@ class Engine:
         parts.residency.may_overrun = lambda: parts.scheduler.num_waiting == 0
         self._states.pinned_names = self._administration.pinned_names
         administration = self._administration
-        self._sequences = SequenceMaker(
-            info, parts.scheduler, lambda: administration.num_pinned_pages
+        sequences = SequenceMaker(info, parts.scheduler, lambda: administration.num_pinned_pages)
+        self._reception = Reception(
+            parts.catalog,
+            parts.residency,
+            parts.scheduler,
+            sequences,
+            self._states,
+            random.Random(seed),
         )
         self._closing = weakref.finalize(self, parts.close)
         self._upkeep = Upkeep(
@@ -131,48 +133,18 @@ class Engine:
                  found when the adapter is read comes as an event.
         """
         self._require_open()
-        if request.request_id in self._used:
-            raise InvalidRequest(f"request id {request.request_id!r} is already in use")
-        entries = [self._catalog.resolve(name) for name, _ in request.weighted_adapters]
-        self._sequences.check(request)
-        self._num_requests += 1
-        seed = request.params.seed
-        if seed is None:
-            seed = self._random.getrandbits(64)
-        arrival = Arrival(request, entries, seed, self._num_requests, time.monotonic())
-        sequence = None
-        if all(entry.info is not None for entry in entries):
-            sequence, infos = self._sequences.make(arrival)
-            if not infos:
-                arrival.entries = entries = []
-        errors = [error for entry in entries if (error := self._residency.bring(entry))]
-        if errors:
-            raise ReportedError(errors[0])
-        self._states.count(entries)
-        self._used[request.request_id] = []
-        for entry in entries:
-            self._use(arrival, entry)
-        if sequence is not None and all(map(self._residency.is_within_reach, entries)):
-            self._schedule(arrival)
-        else:
-            self._arrivals.add(arrival)
+        self._reception.receive(request)
 
     def abort(self, request_id: str) -> SequenceEvent | None:
         """End a request; returns its terminal event, or None if it has already ended."""
-        arrival = self._arrivals.remove(request_id)
-        if arrival is not None:
-            self._release(arrival)
-            event: SequenceEvent | None = SequenceEvent(
-                request_id=request_id, finish_reason="abort"
-            )
-        else:
-            event = self._scheduler.abort(request_id)
-        self._note_ends([event] if event else [])
+        event = self._reception.abort(request_id) or self._scheduler.abort(request_id)
+        self._reception.note_ends([event] if event else [])
         return event
 
     def abort_all(self) -> list[SequenceEvent]:
         """End every request."""
-        return [event for name in list(self._used) if (event := self.abort(name))]
+        open_ids = self._reception.open_ids
+        return [event for name in open_ids if (event := self.abort(name))]
 
     def step(self, may_wait: bool = True) -> list[SequenceEvent]:
         """Advance every scheduled request by one chunk or token; returns what happened.
@@ -191,7 +163,7 @@ class Engine:
             assert self._may_go_on(), "work is waiting but nothing can run"
             if may_wait and not events and self.has_work:
                 self.wait()
-        self._note_ends(events)
+        self._reception.note_ends(events)
         return events
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -292,11 +264,14 @@ class Engine:
         self._runner.forget(self._memory.take_dropped())
         news = self._residency.take_news()
         events: list[SequenceEvent] = []
-        arrived = [(o.wanted, self._catalog.learned(o.wanted, o.info)) for o in news.arrived]
+        arrived = [
+            (one.wanted, self._catalog.learned(one.wanted, one.info, one.stamp))
+            for one in news.arrived
+        ]
         for wanted, entry in arrived:
-            events += self._on_arrived(wanted, entry)
+            events += self._reception.on_arrived(wanted, entry)
         for entry, error in news.failed:
-            events += self._on_failed(entry, error)
+            events += self._reception.on_failed(entry, error)
             if error.error_type == StoreError.error_type:
                 self._upkeep.look_again()
         events += self._scheduler.fail_adapters(news.uncopied)
@@ -312,89 +287,3 @@ class Engine:
             self._residency.drop_stale()
         self._upkeep.tick()
         return events
-
-    def _on_arrived(self, wanted: Entry, entry: Entry) -> list[SequenceEvent]:
-        events: list[SequenceEvent] = []
-        if wanted.info is not None and wanted.key != entry.key:
-            error = _replaced(wanted.name)
-            events += self._scheduler.fail_waiting(wanted.key, error)
-        for arrival in self._arrivals.waiting_for(wanted):
-            self._arrivals.remove(arrival.request.request_id)
-            place = next(i for i, e in enumerate(arrival.entries) if e.name == entry.name)
-            self._exchange(arrival, place, entry)
-            try:
-                self._wait_or_schedule(arrival)
-            except LoRASwarmError as problem:
-                self._release(arrival)
-                events.append(_error_event(arrival.request.request_id, ErrorInfo.of(problem)))
-        return events
-
-    def _wait_or_schedule(self, arrival: Arrival) -> None:
-        """Queue the sequence of an arrival, or bring what it still lacks, or lacks again."""
-        errors = [error for entry in arrival.entries if (error := self._residency.bring(entry))]
-        if errors:
-            raise ReportedError(errors[0])
-        if all(map(self._residency.is_within_reach, arrival.entries)):
-            self._schedule(arrival)
-        else:
-            self._arrivals.add(arrival)
-
-    def _on_failed(self, entry: Entry, error: ErrorInfo) -> list[SequenceEvent]:
-        events = []
-        for arrival in self._arrivals.waiting_for(entry):
-            self._arrivals.remove(arrival.request.request_id)
-            self._release(arrival)
-            events.append(_error_event(arrival.request.request_id, error))
-        if entry.info is not None:
-            events += self._scheduler.fail_waiting(entry.key, error)
-        return events
-
-    def _use(self, arrival: Arrival, entry: Entry) -> None:
-        """Keep what the arrival needs where it is, as far as it is known what that is."""
-        if entry.info is not None:
-            self._residency.begin_use(entry)
-            self._residency.hold(entry.key)
-            self._residency.touch(entry.key)
-            self._used[arrival.request.request_id].append(entry.key)
-
-    def _exchange(self, arrival: Arrival, place: int, entry: Entry) -> None:
-        """Put what has come in the place of what was wanted."""
-        wanted = arrival.entries[place]
-        arrival.entries[place] = entry
-        self._use(arrival, entry)
-        if wanted.info is not None:
-            self._used[arrival.request.request_id].remove(wanted.key)
-            self._residency.release(wanted.key)
-            self._residency.end_use(wanted.key)
-
-    def _release(self, arrival: Arrival) -> None:
-        """The scheduler holds what the arrival has held, or nobody needs it any more."""
-        for entry in arrival.entries:
-            if entry.info is not None:
-                self._residency.release(entry.key)
-
-    def _schedule(self, arrival: Arrival) -> None:
-        """Queue the sequence of an arrival whose adapters are all known.
-
-        Raises   InvalidRequest if it can never be served with them.
-        """
-        sequence, infos = self._sequences.make(arrival)
-        self._scheduler.add(sequence, infos)
-        self._release(arrival)
-
-    def _note_ends(self, events: Iterable[SequenceEvent]) -> None:
-        for event in (event for event in events if event.finish_reason is not None):
-            for key in self._used.pop(event.request_id, ()):
-                self._residency.end_use(key)
-
-
-def _replaced(name: str) -> ErrorInfo:
-    message = (
-        f"adapter {name!r} was replaced while this request was held up in the middle of its answer"
-        " and the old content is not in memory any more; send it again"
-    )
-    return ErrorInfo(message, StoreError.error_type, StoreError.http_status)
-
-
-def _error_event(request_id: str, error: ErrorInfo) -> SequenceEvent:
-    return SequenceEvent(request_id=request_id, finish_reason="error", error=error)

@@ -97,6 +97,7 @@ class Surveyed:
 class Loaded:
     """An adapter in host memory; its info has no plan, and its path is `Found.location`.
 
+    `stamp` is that of the files that were read, which may be younger than what was found.
     `fetch_s` is downloading, `read_s` describing, reading and checking, `pack_s` writing the image
     and its file. `num_file_bytes` were read; with `is_from_file` none, since a file of the host
     cache had the image. `warning` is what went wrong without harm to the image.
@@ -104,6 +105,7 @@ class Loaded:
 
     job_id: int
     image: AdapterImage
+    stamp: str
     fetch_s: float
     read_s: float
     pack_s: float

@@ -28,7 +28,7 @@ from loraswarm.core.events import ErrorInfo
 from loraswarm.engine.loader import Inbox, has_result
 from loraswarm.engine.loader_frames import Frame, receive
 from loraswarm.engine.loader_jobs import Job, JobFailed, Result, UnwatchJob, WatchJob
-from loraswarm.engine.loader_worker import WorkerSpec
+from loraswarm.engine.loader_worker import WorkerSpec, what
 from loraswarm.errors import StoreError
 
 MAX_STARTS_PER_MINUTE = 5
@@ -155,7 +155,7 @@ class _Child:
     ) -> None:
         self._deliver = deliver
         self._janitor = janitor
-        self._open: set[int] = set()
+        self._open: dict[int, Job] = {}
         self._lock = threading.Lock()
         self.has_ended = False
         self.failure: ErrorInfo | None = None
@@ -179,7 +179,7 @@ class _Child:
             if self.has_ended:
                 return False
             if has_result(job):
-                self._open.add(job.job_id)
+                self._open[job.job_id] = job
         self._try_send(job)
         return True
 
@@ -200,7 +200,7 @@ class _Child:
                     self.failure = result
                     continue
                 with self._lock:
-                    self._open.discard(result.job_id)
+                    self._open.pop(result.job_id, None)
                 self._deliver(result)
                 del result  # while waiting for the next one, keep no image alive
         except (EOFError, OSError):
@@ -223,9 +223,9 @@ class _Child:
             lost = self._open
         if code != 0:
             log.error("loader ended pid=%d exit_code=%d open_jobs=%d", self.pid, code, len(lost))
-        error = self.failure or _store_error("loading was interrupted; try again")
-        for job_id in lost:
-            self._deliver(JobFailed(job_id, error))
+        for job_id, job in lost.items():
+            interrupted = _store_error(f"{what(job)} was interrupted; try again")
+            self._deliver(JobFailed(job_id, self.failure or interrupted))
         self._connection.close()
 
     def _disconnect(self) -> None:

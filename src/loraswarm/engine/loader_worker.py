@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loraswarm.adapters.adapter import AdapterInfo
+from loraswarm.adapters.adapter import Adapter, AdapterInfo
 from loraswarm.adapters.printable import quoted
 from loraswarm.adapters.reading import read_adapter, read_adapter_info, stamped
 from loraswarm.adapters.scanner import Scanner
@@ -49,6 +49,7 @@ from loraswarm.memory.image import AdapterImage, pack_adapter
 from loraswarm.memory.image_file import ImageFiles, image_signature
 from loraswarm.models.checkpoint_base import ConvertedBase
 
+MAX_READS = 3
 log = logging.getLogger(__name__)
 
 
@@ -90,7 +91,7 @@ class LoadWorker:
         try:
             return self._run(job)
         except Exception as error:  # whatever is in a file, it must harm its own job only
-            info = error_info(error, _what(job))
+            info = error_info(error, what(job))
             if isinstance(job, WatchJob | UnwatchJob):
                 log.error("loader job failed: %s", info.message)
                 return None
@@ -122,12 +123,26 @@ class LoadWorker:
             if is_remote(found.location):
                 skipped.append(found)
                 continue
-            try:
-                info = self._described(found, Path(found.location))
-                rows.append((found, _summary(stamped(info, found.stamp))))
-            except Exception as error:  # this one is refused, the others are described
-                rows.append((found, error_info(error, _adapter(found)).message))
+            row = self._surveyed(found)
+            if row is not None:
+                rows.append((found, row))
         return Surveyed(job.job_id, tuple(rows), tuple(skipped))
+
+    def _surveyed(self, found: Found) -> AdapterSummary | str | None:
+        """Its summary, or why it is refused; None if that is not known now."""
+        row: AdapterSummary | str
+        try:
+            info = self._described(found, Path(found.location))
+            row = _summary(stamped(info, found.stamp))
+        except Exception as error:  # this one is refused, the others are described
+            if isinstance(error.__cause__, OSError):
+                return None
+            row = error_info(error, _adapter(found)).message
+        try:
+            again = self._scanner.store_of(found.location).look_again(found)
+        except StoreError:
+            return None
+        return row if again.stamp == found.stamp else None
 
     def _load(self, job: LoadJob) -> Loaded:
         found, clock = job.found, _Stopwatch()
@@ -136,19 +151,16 @@ class LoadWorker:
             return Loaded(
                 job_id=job.job_id,
                 image=image,
+                stamp=found.stamp,
                 fetch_s=0.0,
                 read_s=clock.lap_s(),
                 pack_s=0.0,
                 num_file_bytes=0,
                 is_from_file=True,
             )
-        store = self._scanner.store_of(found.location)
         with self._fetched(found) as path:
             fetch_s = clock.lap_s()
-            stamp = store.stamp_of(found)
-            adapter = read_adapter(self._described(found, path), self._base, self._dtype)
-            if store.stamp_of(found) != stamp:
-                raise StoreError(f"{_adapter(found)}: its files were replaced while it was read")
+            stamp, adapter = self._read(found, path)
         read_s = clock.lap_s()
         # A file must have every matrix of its adapter, whatever the host has now.
         skip = job.shared if self._files is None else ()
@@ -159,12 +171,30 @@ class LoadWorker:
         return Loaded(
             job_id=job.job_id,
             image=image,
+            stamp=stamp,
             fetch_s=fetch_s,
             read_s=read_s,
             pack_s=clock.lap_s(),
             num_file_bytes=adapter.info.num_bytes,
             warning=warning,
         )
+
+    def _read(self, found: Found, path: Path) -> tuple[str, Adapter]:
+        """One content, and its stamp; begins again if the files are replaced meanwhile."""
+        store = self._scanner.store_of(found.location)
+        for _ in range(MAX_READS):
+            stamp = self._scanner.rested_stamp(found)
+            try:
+                adapter = read_adapter(self._described(found, path), self._base, self._dtype)
+            except AdapterError:
+                if store.look_again(found).stamp == stamp:
+                    raise
+                continue
+            if store.look_again(found).stamp == stamp:
+                if stamp != found.stamp:
+                    self._scanner.forget(found)
+                return stamp, adapter
+        raise StoreError(f"{_adapter(found)}: its files are being replaced; try again")
 
     def _described(self, found: Found, path: Path) -> AdapterInfo:
         if found.problem is not None:
@@ -178,7 +208,7 @@ class LoadWorker:
         store = self._scanner.store_of(found.location)
         if not is_remote(found.location):
             store.fetch(found, Path(found.location))
-            if store.stamp_of(found) != found.stamp:
+            if store.look_again(found).stamp != found.stamp:
                 return None
         image = self._files.find(found.location, found.stamp)
         return image and _named(image, found)
@@ -228,7 +258,7 @@ def error_info(error: Exception, what: str) -> ErrorInfo:
     return ErrorInfo(message, EngineError.error_type, EngineError.http_status)
 
 
-def _what(job: Job) -> str:
+def what(job: Job) -> str:
     """A job as messages call it."""
     if isinstance(job, LoadJob):
         return f"loading {_adapter(job.found)}"

@@ -37,6 +37,7 @@ class Arrived:
 
     wanted: Entry
     info: AdapterInfo
+    stamp: str
 
 
 @dataclass(slots=True)
@@ -142,13 +143,10 @@ class Residency:
             if not self._catalog.is_current(key):
                 self._drop(key)
 
-    def num_users(self, key: AdapterKey) -> int:
-        """Requests that use this content."""
-        return self._users[key]
-
-    def is_gone(self, key: AdapterKey) -> bool:
-        """Whether nothing of it is in memory."""
-        return not self._memory.adapters.is_resident(key) and not self._host.has(key)
+    def keys_of(self, name: str) -> set[AdapterKey]:
+        """Contents of that name that requests use or that are in memory."""
+        keys = (*self._users, *self._host.keys(), *self._memory.adapters.keys())
+        return {key for key in keys if key[0] == name}
 
     def drop_stale(self) -> None:
         """Free what is neither served nor used; called when the catalog has changed."""
@@ -235,7 +233,7 @@ class Residency:
         self.hold(image.info.key)
         self._fresh.append(image.info.key)
         self._host.put(image)
-        news.arrived.append(Arrived(entry, image.info))
+        news.arrived.append(Arrived(entry, image.info, result.stamp))
 
     def _take_copy(self, done: CopyDone, news: News) -> None:
         if done.error is None:

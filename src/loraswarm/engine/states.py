@@ -43,7 +43,7 @@ class AdapterStates:
         self._residency = residency
         self._memory = memory
         self._scheduler = scheduler
-        self._arrivals = arrivals
+        self.arrivals = arrivals
         self._requests: dict[str, _Requests] = {}
         self.pinned_names: Callable[[], frozenset[str]] = frozenset
         self.totals: Counter[Tier] = Counter()
@@ -72,16 +72,16 @@ class AdapterStates:
 
     def waiting_names(self) -> set[str]:
         """Adapters of requests that have not started."""
-        names = {entry.name for arrival in self._arrivals for entry in arrival.entries}
+        names = {entry.name for arrival in self.arrivals for entry in arrival.entries}
         return names | set(self._scheduler.adapters_in_use()[1])
 
     def is_used(self, entry: Entry) -> bool:
-        """Whether a request uses this content, or memory holds it while it is served no more."""
-        if self._arrivals.waiting_for(entry):
+        """Whether a request waits for this content, or any content of its name that is served no
+        more is used or in memory. The entry need not be described."""
+        if self.arrivals.waiting_for(entry):
             return True
-        if entry.info is None or self._catalog.is_current(entry.key):
-            return False
-        return self._residency.num_users(entry.key) > 0 or not self._residency.is_gone(entry.key)
+        keys = self._residency.keys_of(entry.name)
+        return any(not self._catalog.is_current(key) for key in keys)
 
     def largest_need(self) -> int:
         """Pages of the sequence that needs the most."""
@@ -90,7 +90,7 @@ class AdapterStates:
     def _in_flight(self) -> tuple[Counter[str], Counter[str]]:
         """Running and waiting requests by adapter."""
         running, waiting = self._scheduler.adapters_in_use()
-        waiting.update(entry.name for arrival in self._arrivals for entry in arrival.entries)
+        waiting.update(entry.name for arrival in self.arrivals for entry in arrival.entries)
         return running, waiting
 
     def _row(

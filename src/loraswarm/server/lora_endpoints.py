@@ -27,6 +27,7 @@ TYPE_OF_STATUS = {
     503: "ServiceUnavailableError",
 }
 OTHER_TYPE = "InternalServerError"
+MAX_SHOWN_PATH = 200
 
 
 class LoadBody(StrictBody):
@@ -55,7 +56,7 @@ async def load_lora_adapter(service: Service, request: Request) -> Response:
         command = LoadAdapter(body.lora_name, body.lora_path, body.load_inplace)
         await _administer(service, request, command)
     except LoRASwarmError as error:
-        missing = f"No adapter found for {body.lora_path} ({error})"
+        missing = f"No adapter found for {body.lora_path[:MAX_SHOWN_PATH]} ({error})"
         is_missing = error.http_status == 404
         message = f"Loading lora {body.lora_name} failed: {missing}" if is_missing else str(error)
         return _error(service, error, message)
