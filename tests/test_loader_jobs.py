@@ -318,6 +318,9 @@ class FarScanner:
         assert location.startswith("fake://far/")
         return self._store
 
+    def rested_stamp(self, found: Found) -> str:
+        return found.stamp
+
 
 @pytest.fixture
 def far(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FarStore, LoadWorker]:

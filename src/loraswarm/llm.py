@@ -235,7 +235,7 @@ class LLM:
                 if isinstance(answer.result, ErrorInfo):
                     raise ReportedError(answer.result)
                 return answer.result
-            if not self._engine.has_work:
+            if not self._engine.has_work or self._engine.is_blocked:
                 self._engine.wait(ADMINISTRATION_POLL_S)
             self._advance(may_wait=False)
 

@@ -83,7 +83,9 @@ class LocalStore:
             contents = None
         if contents is None or not files:
             self._check_root()
-            raise PathNotFound(f"there is no adapter at {quoted(path)}")
+            raise PathNotFound(
+                f"there is no adapter at {quoted(path)} (relative paths begin at --adapters)"
+            )
         if not all(_is_below(file, root) for file in files):
             return None
         return _found(location, contents)

@@ -76,7 +76,9 @@ class RemoteStore:
             return None
         parts = self._parts_of(below, self._patience.look_s, None)
         if not parts:
-            raise PathNotFound(f"there is no adapter at {quoted(path)}")
+            raise PathNotFound(
+                f"there is no adapter at {quoted(path)} (relative paths begin at --adapters)"
+            )
         return self._found(below, parts)
 
     def look_again(self, found: Found) -> Found:

@@ -7,14 +7,14 @@ Lives where adapters are loaded; scans and locates for the engine.
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from loraswarm.adapters.printable import quoted
-from loraswarm.adapters.stores import Found, ScanChange, Store
+from loraswarm.adapters.stores import Found, ScanChange, Store, failure_line
 from loraswarm.errors import (
     AdapterError,
     ForbiddenPath,
@@ -25,6 +25,7 @@ from loraswarm.errors import (
 )
 
 SETTLE_S = 0.5
+PATIENCE_S = 5.0
 _Place = tuple[str, str]
 
 
@@ -67,6 +68,7 @@ class Scanner:
         # The rest belongs to `scan`, of which one runs at a time.
         self._scan_lock = threading.Lock()
         self._listed: dict[int, list[Found]] = {}
+        self._looking: dict[int, queue.SimpleQueue[list[Found] | LoRASwarmError]] = {}
         self._taken: dict[_Place, Found] = {}
         self._unsettled: dict[_Place, tuple[str, float]] = {}
         self._is_first = True
@@ -175,11 +177,22 @@ class Scanner:
         return self._listed.get(index, [])
 
     def _list_all(self) -> list[list[Found] | LoRASwarmError]:
-        """Look at the stores beside each other: one that does not answer holds up no other."""
-        if len(self._stores) < 2:
-            return [_try_look(store) for store in self._stores]
-        with ThreadPoolExecutor(len(self._stores), "store") as pool:
-            return list(pool.map(_try_look, self._stores))
+        """Look at the stores beside each other. One that does not answer for PATIENCE_S holds up no
+        other: what it says later is for a later scan."""
+        for index, store in enumerate(self._stores):
+            if index not in self._looking:
+                self._looking[index] = _look_beside(store)
+        deadline_s = time.monotonic() + PATIENCE_S
+        return [self._listed_by(index, deadline_s) for index in range(len(self._stores))]
+
+    def _listed_by(self, index: int, deadline_s: float) -> list[Found] | LoRASwarmError:
+        store = self._stores[index]
+        try:
+            listed = self._looking[index].get(timeout=max(0.0, deadline_s - time.monotonic()))
+        except queue.Empty:
+            return StoreError(f"store {quoted(store.root)} has not answered for {PATIENCE_S:g} s")
+        del self._looking[index]
+        return listed
 
     def _look_at_watched(
         self, by_location: dict[str, Found], failures: list[str]
@@ -257,11 +270,20 @@ class Scanner:
         raise failure
 
 
-def _try_look(store: Store) -> list[Found] | LoRASwarmError:
-    try:
-        return store.look()
-    except StoreError as error:
-        return error
+def _look_beside(store: Store) -> queue.SimpleQueue[list[Found] | LoRASwarmError]:
+    """Look in a thread that may be left behind; what it finds will be in the queue."""
+    answer: queue.SimpleQueue[list[Found] | LoRASwarmError] = queue.SimpleQueue()
+
+    def look() -> None:
+        try:
+            answer.put(store.look())
+        except LoRASwarmError as error:
+            answer.put(error)
+        except Exception as error:  # of a driver: it must not keep the scan waiting
+            answer.put(StoreError(failure_line(store.root, error)))
+
+    threading.Thread(target=look, name="store-look", daemon=True).start()
+    return answer
 
 
 def _differs(found: Found, before: Found | None) -> bool:

@@ -62,7 +62,9 @@ class EngineStats:
     Names that begin with `total_` only grow. Pages are those of the pool by who holds them: K/V of
     running requests, prefixes kept for later ones, adapters, nobody. `total_device_hits`,
     `total_host_hits` and `total_misses` count requests by where their adapter was when they came.
-    `loads` is by stage: "read" (store to host) and "copy" (host to device).
+    `loads` is by stage: "fetch" (from a remote store), "read" (from files), "pack" (into an image),
+    "map" (an image of the host cache's directory), "copy" (to the device). `total_unkept_images`
+    could not be written to the host cache's directory.
     """
 
     num_waiting: int
@@ -81,6 +83,7 @@ class EngineStats:
     total_host_hits: int = 0
     total_misses: int = 0
     total_load_failures: int = 0
+    total_unkept_images: int = 0
     total_device_evictions: int = 0
     total_host_evictions: int = 0
     total_prefix_evictions: int = 0

@@ -6,6 +6,7 @@ round of news until it returns; it never waits. Called by the engine's thread.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 
@@ -36,6 +37,7 @@ from loraswarm.engine.states import AdapterStates
 from loraswarm.errors import InvalidRequest, LoRASwarmError, Overloaded
 from loraswarm.memory.memory import Memory
 
+log = logging.getLogger(__name__)
 Course = Generator[None, None, AdminResult]
 
 
@@ -128,6 +130,8 @@ class Administration:
         del self._courses[command_id]
         if command_id >= 0:
             self._answers.append(Answer(command_id, result))
+        elif isinstance(result, ErrorInfo):
+            log.warning("pin lost with a change of files reason=%r", result.message)
 
     def _course(self, command: AdminCommand) -> Course:
         if isinstance(command, LoadAdapter):
@@ -163,7 +167,8 @@ class Administration:
         return self._states.of(command.name)
 
     def _unload(self, name: str) -> Course:
-        state = self._states.of(name)
+        state = replace(self._states.of(name), state="unloaded", tier="store")
+        state = replace(state, host_bytes=0, device_bytes=0, is_pinned=False)
         entry = self._catalog.remove(name)
         self._loader.submit(UnwatchJob(self._residency.next_job_id(), name))
         self.follow_catalog()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -58,6 +59,7 @@ class ChildEngine:
     """Joins one engine to its sockets; `run` is the life of the process."""
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._commands = context.socket(zmq.PULL)
         self._replies = context.socket(zmq.PUSH)
@@ -72,6 +74,7 @@ class ChildEngine:
 
     def run(self) -> int:
         """Start, serve until told to stop; returns the exit code."""
+        engine: Engine | None = None
         try:
             command = self._receive(None)
             assert isinstance(command, Start), command
@@ -82,11 +85,9 @@ class ChildEngine:
             self._send(Ready(engine.info))
             gc.collect()
             gc.freeze()  # what start-up made stays; a collection need not look at it again
-            try:
-                self._serve(engine)
-            finally:
-                engine.close()
+            self._serve(engine)
         except ParentGone:
+            shutil.rmtree(self._directory, ignore_errors=True)  # the parent may have been killed
             return 0
         except LoRASwarmError as error:
             self._send(Failed(ErrorInfo.of(error)))
@@ -95,6 +96,9 @@ class ChildEngine:
             traceback.print_exc()
             self._send(Failed(ErrorInfo.of(EngineError(f"engine failed: {error!r}"))))
             return 1
+        finally:
+            if engine is not None:
+                engine.close()
 
     def _serve(self, engine: Engine) -> NoReturn:
         for number in engine.filenos():

@@ -7,7 +7,6 @@ Built by engine/setup; driven by LLM in this process or by engine/child in its o
 from __future__ import annotations
 
 import random
-import select
 import time
 import weakref
 from dataclasses import dataclass
@@ -29,13 +28,14 @@ from loraswarm.engine.sequence_maker import SequenceMaker
 from loraswarm.engine.states import AdapterStates
 from loraswarm.engine.step import Step
 from loraswarm.engine.upkeep import Upkeep
-from loraswarm.engine.wakeup import Wakeup
+from loraswarm.engine.wakeup import Wakeup, wait_readable
 from loraswarm.errors import EngineError, StoreError
 from loraswarm.memory.host_cache import HostCache
 from loraswarm.memory.memory import Memory
 from loraswarm.memory.page_copier import PageCopier
 
 MIN_TIMED_TOKENS = 64
+COMMAND_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +51,7 @@ class EngineParts:
     memory: Memory
     residency: Residency
     scheduler: Scheduler
+    store_failures: tuple[str, ...] = ()
 
     def close(self) -> None:
         """End every thread and process."""
@@ -104,6 +105,7 @@ class Engine:
         self._upkeep = Upkeep(
             parts.catalog, parts.loader, parts.residency.next_job_id, refresh_interval_s
         )
+        self._upkeep.note_failures(parts.store_failures)
         self._upkeep.tick()
 
     @property
@@ -122,8 +124,15 @@ class Engine:
         return self._parts.loader.fileno(), self._parts.wakeup.fileno()
 
     def next_due_s(self) -> float | None:
-        """When a step is due whatever happens, by time.monotonic; None: never."""
-        return self._upkeep.next_due_s()
+        """When a step is due whatever happens, by time.monotonic; None: never.
+
+        Commands may wait for what another step has ended, so they are looked at now and then.
+        """
+        due_s = self._upkeep.next_due_s()
+        if not self._administration.is_busy:
+            return due_s
+        soon_s = time.monotonic() + COMMAND_POLL_S
+        return soon_s if due_s is None else min(due_s, soon_s)
 
     def add(self, request: Request) -> None:
         """Queue a request; the load of an adapter that is not at hand begins now.
@@ -156,14 +165,17 @@ class Engine:
         step = self._scheduler.plan()
         self._runner.forget(step.dropped)
         self._residency.start_copies(step.loads)
-        self._is_blocked = not step.chunks
         if step.chunks:
             events += self._run(step)
         else:
+            self._residency.unblock()
             assert self._may_go_on(), "work is waiting but nothing can run"
-            if may_wait and not events and self.has_work:
-                self.wait()
+        self._is_blocked = not step.chunks and not self._residency.has_lost
+        if self._is_blocked and may_wait and not events and self.has_work:
+            self.wait()
         self._reception.note_ends(events)
+        if events and self._administration.is_busy:
+            self._parts.wakeup.wake()  # commands may wait for what has just ended
         return events
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -172,7 +184,7 @@ class Engine:
         waits = [timeout_s] if timeout_s is not None else []
         if due_s is not None:
             waits.append(max(0.0, due_s - time.monotonic()))
-        select.select(self.filenos(), (), (), min(waits, default=None))
+        wait_readable(self.filenos(), min(waits, default=None))
 
     def begin_command(self, command_id: int, command: AdminCommand) -> None:
         """Start what an operator asks for; it goes on with the steps."""
@@ -219,6 +231,7 @@ class Engine:
             total_host_hits=totals["host"],
             total_misses=totals["store"],
             total_load_failures=self._residency.num_failures,
+            total_unkept_images=self._residency.num_unkept_images,
             total_device_evictions=memory.adapters.total_evictions,
             total_host_evictions=host.total_evictions,
             total_prefix_evictions=memory.prefixes.total_evicted_pages,

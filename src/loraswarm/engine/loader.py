@@ -22,6 +22,7 @@ from loraswarm.engine.loader_jobs import (
     Job,
     LoadJob,
     Result,
+    ScanJob,
     SurveyJob,
     UnwatchJob,
     WatchJob,
@@ -121,7 +122,8 @@ class Inbox:
 class JobThreads:
     """Threads that take jobs, lane by lane, and hand each result to `deliver`.
 
-        look      1 thread      scans and the like, in the order in which they came
+        look      1 thread      scans, in the order in which they came
+        find      1 thread      what operators name
         near      num_threads   loads from local directories, then surveys
         far       num_threads   loads from remote stores, which may take long to answer
 
@@ -134,7 +136,7 @@ class JobThreads:
         self._runner = runner
         self._deliver = deliver
         self._is_closed = threading.Event()
-        sizes = {"look": 1, "near": num_threads, "far": num_threads}
+        sizes = {"look": 1, "find": 1, "near": num_threads, "far": num_threads}
         self._lanes = {name: _Lane() for name in sizes}
         self._have_begun = threading.Barrier(1 + sum(sizes.values()))
         self._threads = [
@@ -234,4 +236,4 @@ def _lane_of(job: Job) -> tuple[str, int]:
         return ("far" if is_remote(job.found.location) else "near"), 0
     if isinstance(job, SurveyJob):
         return "near", 1
-    return "look", 0
+    return ("look" if isinstance(job, ScanJob) else "find"), 0

@@ -106,7 +106,13 @@ class ProcessLoader:
     def _feed(self) -> None:
         """Hand jobs on, in a thread of its own: starting a process and sending may take a while."""
         while (job := self._jobs.get()) is not None:
-            self._give(job)
+            try:
+                self._give(job)
+            except Exception as error:  # no threads left, say: the next job may fare better
+                log.exception("job not handed to the loader")
+                if has_result(job):
+                    failure = _store_error(f"the loader cannot be reached: {error}")
+                    self._inbox.put(JobFailed(job.job_id, failure))
 
     def _give(self, job: Job) -> None:
         while not self._is_closed:

@@ -29,6 +29,8 @@ from loraswarm.memory.memory import Memory
 from loraswarm.memory.page_copier import CopyDone, PageCopier
 
 MAX_OPEN_LOADS = 4
+STAGES = ("fetch", "read", "pack", "map", "copy")
+"""From a remote store; from its files; into an image; an image from a file; into pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,8 @@ class Residency:
         self._released: list[AdapterKey] = []
         self.may_overrun: Callable[[], bool] = lambda: False
         self.num_failures = 0
-        self.loads = {"read": TimeTotals(), "copy": TimeTotals()}
+        self.num_unkept_images = 0
+        self.loads = {stage: TimeTotals() for stage in STAGES}
 
     @property
     def num_loading(self) -> int:
@@ -89,6 +92,15 @@ class Residency:
     def is_busy(self) -> bool:
         """Whether news will come of what is under way."""
         return bool(self._queue or self._open or self._lost or self._copier.num_copying)
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether there is news at once, of what could not even be asked for."""
+        return bool(self._lost)
+
+    def unblock(self) -> None:
+        """No sequence can run: what waits for room in the host need not wait for them."""
+        self._submit(is_blocked=True)
 
     def next_job_id(self) -> int:
         """A number for a job; also for those that others submit."""
@@ -226,9 +238,15 @@ class Residency:
             self._queue[entry.found] = entry  # its shared matrices have left meanwhile
             return
         self._backoff.succeeded(entry.found)
+        self.num_unkept_images += result.warning is not None
         seconds = result.fetch_s + result.read_s + result.pack_s
-        self.loads["read"] = _added(self.loads["read"], seconds, image.num_bytes)
-        if not result.is_from_file:
+        if result.is_from_file:
+            self._count("map", result.read_s, image.num_bytes)
+        else:
+            if result.fetch_s > 0:
+                self._count("fetch", result.fetch_s, result.num_file_bytes)
+            self._count("read", result.read_s, result.num_file_bytes)
+            self._count("pack", result.pack_s, image.num_bytes)
             self._memory.costs.saw_read(image.num_bytes, seconds)
         self.hold(image.info.key)
         self._fresh.append(image.info.key)
@@ -238,7 +256,7 @@ class Residency:
     def _take_copy(self, done: CopyDone, news: News) -> None:
         if done.error is None:
             self._memory.adapters.finish_load(done.key)
-            self.loads["copy"] = _added(self.loads["copy"], done.seconds, done.num_bytes)
+            self._count("copy", done.seconds, done.num_bytes)
             self._memory.costs.saw_copy(done.num_bytes, done.seconds)
             news.copied.append(done.key)
             return
@@ -247,7 +265,15 @@ class Residency:
         message = f"adapter {done.key[0]!r} could not be copied into pages: {done.error!r}"
         news.uncopied[done.key] = ErrorInfo(message, EngineError.error_type, 500)
 
-    def _submit(self) -> None:
+    def _count(self, stage: str, seconds: float, num_bytes: int) -> None:
+        before = self.loads[stage]
+        self.loads[stage] = TimeTotals(
+            count=before.count + 1,
+            seconds=before.seconds + seconds,
+            num_bytes=before.num_bytes + num_bytes,
+        )
+
+    def _submit(self, is_blocked: bool = False) -> None:
         """Start queued loads, oldest first, while they fit the host beside what it must keep.
 
         One at a time goes ahead without, while nothing that is kept would leave otherwise:
@@ -258,7 +284,7 @@ class Residency:
             num_loading_bytes = sum(self._num_bytes(other) for other in self._open.values())
             if not self._host.may_load(self._num_bytes(entry), num_loading_bytes):
                 is_stuck = not self._open and not self._copier.num_copying
-                if not (is_stuck and self.may_overrun()):
+                if not (is_stuck and (is_blocked or self.may_overrun())):
                     return
             del self._queue[found]
             job_id = self.next_job_id()
@@ -274,11 +300,3 @@ class Residency:
     def _drop(self, key: AdapterKey) -> None:
         self._memory.drop_adapter(key)
         self._host.drop(key)
-
-
-def _added(totals: TimeTotals, seconds: float, num_bytes: int) -> TimeTotals:
-    return TimeTotals(
-        count=totals.count + 1,
-        seconds=totals.seconds + seconds,
-        num_bytes=totals.num_bytes + num_bytes,
-    )

@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import select
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -31,7 +31,7 @@ from loraswarm.engine.model_runner import ModelRunner
 from loraswarm.engine.policies import FirstComeFirstServed
 from loraswarm.engine.residency import Residency
 from loraswarm.engine.scheduler import Scheduler, StepLimits
-from loraswarm.engine.wakeup import Wakeup
+from loraswarm.engine.wakeup import Wakeup, wait_readable
 from loraswarm.errors import ConfigError
 from loraswarm.kernels import cpu
 from loraswarm.memory.costs import CostModel
@@ -79,6 +79,8 @@ def build_engine(
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else checkpoint_dtype(path, raw)
     for root in config.adapters:
         open_store(root)
+    if config.host_cache_dir is not None:
+        _make_directory(config.host_cache_dir)
     config = _resolve(config, dtype)
     spec = _worker_spec(config, path, model_config.shape())
     loader = _start_loader(spec, has_loader_process)
@@ -106,8 +108,17 @@ def _build(
         report(f"ignored end_token_ids={unknown} vocab_size={info.vocab_size}")
     report(_summary(config, info))
     catalog = Catalog(config.model_name)
-    _fill(catalog, loader, model_config.shape(), report)
-    return _assemble(config, info, (catalog, loader), decoder, backend)
+    failures = _fill(catalog, loader, model_config.shape(), report)
+    return _assemble(config, info, Adapters(catalog, loader, failures), decoder, backend)
+
+
+def _make_directory(path: str) -> None:
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--host-cache-dir {path!r} cannot be made: {error.strerror or error}"
+        ) from error
 
 
 def _worker_spec(config: EngineConfig, path: Path, shape: BaseShape) -> WorkerSpec:
@@ -129,8 +140,17 @@ def _start_loader(spec: WorkerSpec, has_process: bool) -> Loader:
     return ProcessLoader(spec) if has_process else ThreadLoader(LoadWorker(spec))
 
 
-def _fill(catalog: Catalog, loader: Loader, shape: BaseShape, report: Report) -> None:
-    """Enter what the stores hold; what is still being written gets a second look.
+class Adapters(NamedTuple):
+    """Where adapters come from, and which stores could not be listed at start."""
+
+    catalog: Catalog
+    loader: Loader
+    failures: tuple[str, ...]
+
+
+def _fill(catalog: Catalog, loader: Loader, shape: BaseShape, report: Report) -> tuple[str, ...]:
+    """Enter what the stores hold; what is still being written gets a second look. Returns which
+    stores could not be listed.
 
     As many adapters as take DESCRIBING_S are described now, the others beside the requests.
     """
@@ -145,15 +165,16 @@ def _fill(catalog: Catalog, loader: Loader, shape: BaseShape, report: Report) ->
         loader.submit(ScanJob(FIRST_SCAN))
     describe_entries(catalog, catalog.undescribed(), shape, DESCRIBING_S)
     report(f"adapters found={len(catalog.summaries())} undescribed={len(catalog.undescribed())}")
+    return found.failures
 
 
 def _wait_for_scan(loader: Loader) -> ScanDone:
     """The result of the only job that is open. Raises ConfigError if it fails."""
     while not (results := loader.take_done()):
-        select.select([loader.fileno()], (), (), 1.0)
+        wait_readable([loader.fileno()], 1.0)
     (result,) = results
     if isinstance(result, JobFailed):
-        raise ConfigError(f"--adapters cannot be scanned: {result.error.message}")
+        raise ConfigError(result.error.message)
     assert isinstance(result, ScanDone)
     return result
 
@@ -161,12 +182,12 @@ def _wait_for_scan(loader: Loader) -> ScanDone:
 def _assemble(
     config: EngineConfig,
     info: EngineInfo,
-    adapters: tuple[Catalog, Loader],
+    adapters: Adapters,
     decoder: Decoder,
     backend: Backend,
 ) -> Engine:
     """Put the parts together."""
-    catalog, loader = adapters
+    catalog, loader, failures = adapters
     shape = decoder.config.shape()
     geometry = page_geometry(shape, backend.dtype.itemsize)
     try:
@@ -199,6 +220,7 @@ def _assemble(
         memory=memory,
         residency=residency,
         scheduler=Scheduler(memory, FirstComeFirstServed(), residency, limits),
+        store_failures=failures,
     )
     return Engine(info, parts, config.seed, config.refresh_interval_s)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from loraswarm.adapters.catalog import Catalog
 from loraswarm.adapters.stores import Found
@@ -45,8 +45,15 @@ class Upkeep:
         self._survey_id: int | None = None
         self._to_survey: deque[Found] = deque()
         self._surveyed: set[Found] = set()
+        self._failures: set[str] = set()
         self._find_undescribed()
         self._plan_scan(bool(catalog.pending))
+
+    def note_failures(self, failures: Iterable[str]) -> None:
+        """The scan at start could not list some stores."""
+        self._failures = set(failures)
+        if self._failures:
+            self.look_again()
 
     def next_due_s(self) -> float | None:
         """When `tick` has something to do, by the clock; None: not before more news."""
@@ -75,13 +82,17 @@ class Upkeep:
         """Enter a scan's or a survey's result into the catalog; what a scan has changed."""
         if result.job_id == self._survey_id:
             self._survey_id = None
+            if isinstance(result, JobFailed):  # the next scan finds them undescribed again
+                self._surveyed.clear()
         if isinstance(result, Surveyed):
             for found, row in result.rows:
                 self._catalog.surveyed(found, row)
         if isinstance(result, ScanDone):
             report = self._catalog.apply(result.change)
-            _log(report)
+            self._log(report)
             self._find_undescribed()
+            if report.failures:
+                self.look_again()
             if result.job_id == self._scan_id or report.pending:
                 self._plan_scan(bool(report.pending))
             return report
@@ -94,7 +105,9 @@ class Upkeep:
         wait_s = self._refresh_interval_s
         if has_pending:
             wait_s = SECOND_LOOK_S if wait_s is None else min(wait_s, SECOND_LOOK_S)
-        self._scan_due_s = None if wait_s is None else self._clock() + wait_s
+        if wait_s is not None:
+            due_s = self._clock() + wait_s
+            self._scan_due_s = due_s if self._scan_due_s is None else min(due_s, self._scan_due_s)
 
     def _find_undescribed(self) -> None:
         """What to survey next; each content is looked into once."""
@@ -102,11 +115,15 @@ class Upkeep:
         self._to_survey = deque(found for found in undescribed if found not in self._surveyed)
         self._surveyed = set(undescribed)
 
-
-def _log(report: ScanReport) -> None:
-    for failure in report.failures:
-        log.error("store not listed reason=%r", failure)
-    if report.added or report.changed or report.removed:
+    def _log(self, report: ScanReport) -> None:
+        """What has changed; a store that goes on failing is reported once."""
+        for failure in sorted(set(report.failures) - self._failures):
+            log.error("store not listed reason=%r", failure)
+        if self._failures and not report.failures:
+            log.info("all stores are listed again")
+        self._failures = set(report.failures)
+        if not (report.added or report.changed or report.removed):
+            return
         log.info(
             "adapters scanned added=%d changed=%d removed=%d pending=%d elapsed_s=%.2f",
             len(report.added),

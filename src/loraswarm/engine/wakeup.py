@@ -1,4 +1,4 @@
-"""Lets threads beside the engine's wake it up while it waits for descriptors.
+"""Lets threads beside the engine's wake it up while it waits for descriptors, and waits for them.
 
 Knows nothing about why. Made by engine/setup.
 """
@@ -6,7 +6,10 @@ Knows nothing about why. Made by engine/setup.
 from __future__ import annotations
 
 import contextlib
+import math
+import select
 import socket
+from collections.abc import Iterable
 
 
 class Wakeup:
@@ -34,3 +37,11 @@ class Wakeup:
     def close(self) -> None:
         self._reader.close()
         self._writer.close()
+
+
+def wait_readable(filenos: Iterable[int], timeout_s: float | None) -> None:
+    """Wait until one of the descriptors, whatever its number, is readable; None: for ever."""
+    poller = select.poll()
+    for number in filenos:
+        poller.register(number, select.POLLIN)
+    poller.poll(None if timeout_s is None else math.ceil(timeout_s * 1e3))

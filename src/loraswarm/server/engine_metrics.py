@@ -154,7 +154,7 @@ def _traffic(stats: EngineStats) -> Iterator[Metric]:
 
 
 def _loads(stats: EngineStats) -> Iterator[Metric]:
-    text = "Loads of adapters by stage, read (store to host) and copy (host to device)"
+    text = "Loads of adapters by stage (fetch, read, pack or map an image; copy to the device)"
     for name, what, values in (
         ("adapter_loads", "how many", {s: t.count for s, t in stats.loads.items()}),
         ("adapter_load_seconds", "seconds", {s: t.seconds for s, t in stats.loads.items()}),
@@ -162,6 +162,11 @@ def _loads(stats: EngineStats) -> Iterator[Metric]:
     ):
         yield _by(CounterMetricFamily, name, f"{text}: {what}.", "stage", values)
     yield _counter("adapter_load_failures", "Loads that failed.", stats.total_load_failures)
+    yield _counter(
+        "adapter_images_not_kept",
+        "Images that could not be written to the host cache's directory.",
+        stats.total_unkept_images,
+    )
     yield _gauge("adapters_loading", "Adapters on their way.", stats.num_loading)
 
 
