@@ -11,6 +11,7 @@ import pytest
 
 from engine_factory import make_engine, make_request, prompt_of, run_tokens, save_swarm
 from loraswarm.config import EngineConfig
+from loraswarm.core.admin import UnloadAdapter
 from loraswarm.core.client import served_names
 from loraswarm.core.request import SamplingParams
 from loraswarm.engine.child_client import ChildEngineClient
@@ -71,6 +72,26 @@ def test_answers_equal_those_of_an_engine_in_this_process(swarm):
         tokens = [token for event in events for token in event.token_ids]
         assert tokens == expected[request.request_id]
         assert [event.finish_reason for event in events].count(None) == len(events) - 1
+
+
+def test_an_unload_is_answered_when_its_last_request_ends_though_nothing_else_happens(swarm):
+    async def main():
+        client = await ChildEngineClient.start(config_of(swarm))
+        try:
+            params = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True)
+            stream = client.generate(make_request("x", "a001", prompt_of(1, 9), params))
+            await anext(stream)
+            unload = asyncio.create_task(client.administer(UnloadAdapter("a001")))
+            rest = [event async for event in stream]
+            assert rest[-1].finish_reason == "length"
+            state = await asyncio.wait_for(unload, 60)
+            assert state.state == "unloaded"
+            assert "a001" not in client.adapters
+            assert (await client.stats()).num_adapter_pages == 0
+        finally:
+            await client.close()
+
+    asyncio.run(main())
 
 
 def test_closing_a_stream_early_aborts_it_and_frees_its_pages(swarm):

@@ -457,6 +457,29 @@ def test_sums_that_each_hold_a_part_of_a_full_host_do_not_wait_for_each_other(sw
     assert {name: tokens_of_events(found[name]) for name in expected} == expected
 
 
+@pytest.mark.parametrize("num_images", [0, 1])
+def test_a_preempted_sum_larger_than_the_host_together_comes_back(swarm, sizes, num_images):
+    older = [make_request(f"b{i}", None, prompt_of(i, 40), LONG) for i in range(3)]
+    younger = Request(
+        request_id="sum",
+        prompt_token_ids=prompt_of(3, 40),
+        params=LONG,
+        adapters=(("a000", 0.5), ("a001", 0.5)),
+    )
+    expected = run_tokens(make_engine(swarm, pool_bytes=64 << 20), [*older, younger])
+    engine = make_engine(
+        swarm,
+        pool_bytes=sizes.pool(2, num_kv_pages=9),
+        host_cache_bytes=num_images * sizes.image_bytes + 1,
+    )
+    answer(engine, ask_sum("first", "a000", "a001"))
+    for request in (*older, younger):
+        engine.add(request)
+    found = finish(engine)
+    assert engine.stats().total_preemptions > 0
+    assert {name: tokens_of_events(events) for name, events in found.items()} == expected
+
+
 def test_a_part_of_a_sum_that_leaves_while_another_is_loaded_is_brought_back(swarm, reads):
     expected = run_tokens(make_engine(swarm), [ask_sum("x", "a000", "a001")])
     engine = make_engine(swarm)
