@@ -219,7 +219,8 @@ def test_concurrent_requests_for_one_adapter_load_it_once(swarm, reads, expected
     assert reads.counts == {"a000": 1}
     stats = engine.stats()
     assert (stats.total_misses, stats.total_host_hits, stats.total_device_hits) == (5, 0, 0)
-    assert {stage: total.count for stage, total in stats.loads.items()} == {"read": 1, "copy": 1}
+    counts = {stage: total.count for stage, total in stats.loads.items() if total.count}
+    assert counts == {"read": 1, "pack": 1, "copy": 1}
 
 
 def test_a_load_begins_when_its_request_comes_though_no_seat_is_free(swarm, reads, expected):
@@ -282,7 +283,7 @@ def test_a_request_aborted_while_its_adapter_is_loaded_leaves_nothing(swarm, rea
     assert state(engine, "a000").tier == "host"
     assert engine.stats().num_adapter_pages == 0
     (unloaded,) = carry_out(engine, UnloadAdapter("a000"))
-    assert unloaded.tier == "host"
+    assert (unloaded.state, unloaded.tier) == ("unloaded", "store")
     assert engine.stats().num_host_bytes == 0
 
 
@@ -509,15 +510,16 @@ def test_a_start_that_evicts_what_a_later_one_needs_holds_up_that_one_only(swarm
 def test_an_adapter_evicted_for_a_pin_and_brought_back_before_the_next_step_is_right(
     swarm, sizes, expected
 ):
-    engine = make_engine(swarm, pool_bytes=sizes.pool(4, 3), max_model_len=64, eviction="lru")
-    for name in NAMES[:5]:
+    engine = make_engine(swarm, pool_bytes=sizes.pool(5, 4), max_model_len=64, eviction="lru")
+    for name in NAMES[:6]:
         answer(engine, ask(name))
-    assert names_in_pages(engine) == set(NAMES[1:5])
+    assert names_in_pages(engine) == set(NAMES[1:6])
     engine.begin_command(0, PinAdapter("a000"))
     assert "a001" not in names_in_pages(engine)
     engine.begin_command(1, PinAdapter("a001"))
     end_s = time.monotonic() + PATIENCE_S
-    while len(engine._parts.copier._done) < 2 and time.monotonic() < end_s:
+    while len(engine._parts.copier._done) < 2:
+        assert time.monotonic() < end_s, "the second adapter was not pinned"
         time.sleep(0.001)
     assert answer(engine, ask("a001")) == expected["a001"]
 

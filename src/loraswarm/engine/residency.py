@@ -21,7 +21,7 @@ from loraswarm.core.events import ErrorInfo
 from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.backoff import Backoff
 from loraswarm.engine.loader import Loader
-from loraswarm.engine.loader_jobs import JobFailed, Loaded, LoadJob, Result
+from loraswarm.engine.loader_jobs import JobFailed, Loaded, LoadJob, Result, is_remote
 from loraswarm.errors import EngineError
 from loraswarm.memory.adapter_cache import AdapterLoad
 from loraswarm.memory.host_cache import HostCache
@@ -243,7 +243,7 @@ class Residency:
         if result.is_from_file:
             self._count("map", result.read_s, image.num_bytes)
         else:
-            if result.fetch_s > 0:
+            if is_remote(entry.location):
                 self._count("fetch", result.fetch_s, result.num_file_bytes)
             self._count("read", result.read_s, result.num_file_bytes)
             self._count("pack", result.pack_s, image.num_bytes)
