@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from loraswarm.adapters.catalog import Catalog, Entry
 from loraswarm.core.admin import AdapterState, Tier
@@ -26,6 +26,9 @@ class _Requests:
     device: int = 0
     host: int = 0
     store: int = 0
+
+
+NO_REQUESTS = _Requests()
 
 
 class AdapterStates:
@@ -96,11 +99,19 @@ class AdapterStates:
     def _row(
         self, summary: AdapterSummary, in_flight: tuple[Counter[str], Counter[str]]
     ) -> AdapterState:
+        """Built in one go: thousands of rows are asked for at a time, between two steps."""
         name = summary.name
-        counts = self._requests.get(name, _Requests())
+        counts = self._requests.get(name, NO_REQUESTS)
         running, waiting = in_flight
         state, reason = self._catalog.state_of(name)
-        row = AdapterState(
+        entry = self._catalog.entry_named(name)
+        error = None if entry is None else self._residency.last_error(entry)
+        key = None if entry is None or entry.info is None else entry.key
+        tier = self._residency.tier_of(key)
+        device_bytes = 0
+        if tier == "device" and entry is not None and entry.info is not None:
+            device_bytes = self._memory.adapters.num_bytes(entry.info).own
+        return AdapterState(
             name=name,
             path=summary.path,
             state=state,
@@ -111,6 +122,10 @@ class AdapterStates:
             max_rank=summary.max_rank,
             file_format=summary.file_format,
             num_bytes=summary.num_bytes,
+            tier=tier,
+            host_bytes=0 if key is None else self._residency.host_bytes(key),
+            device_bytes=device_bytes,
+            is_loading=entry is not None and self._residency.is_loading(entry),
             is_pinned=name in self.pinned_names(),
             num_running=running[name],
             num_waiting=waiting[name],
@@ -118,22 +133,5 @@ class AdapterStates:
             num_device_hits=counts.device,
             num_host_hits=counts.host,
             num_misses=counts.store,
-        )
-        entry = self._catalog.entry_named(name)
-        if entry is None:
-            return row
-        error = self._residency.last_error(entry)
-        row = replace(
-            row,
-            is_loading=self._residency.is_loading(entry),
             last_error=None if error is None else error.message,
-        )
-        if entry.info is None:
-            return row
-        tier = self._residency.tier_of(entry.key)
-        return replace(
-            row,
-            tier=tier,
-            host_bytes=self._residency.host_bytes(entry.key),
-            device_bytes=self._memory.adapters.num_bytes(entry.info).own * (tier == "device"),
         )
