@@ -125,6 +125,8 @@ class Residency:
 
     def is_loading(self, entry: Entry) -> bool:
         """Whether it is on its way to host memory."""
+        if not self._queue and not self._open:
+            return False
         found = entry.found
         return found in self._queue or any(other.found == found for other in self._open.values())
 
