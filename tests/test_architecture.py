@@ -26,6 +26,7 @@ LAYERS = {
     "server": 5,
     "llm": 5,
     "demo": 5,
+    "bench": 5,
     "commands": 6,
     "__main__": 7,
 }

@@ -149,6 +149,17 @@ def store_part(context: Any, value: Vector, memory: Any, index: Any, count: Any)
     return types.void(value, memory, types.intp, types.intp), generate
 
 
+@intrinsic
+def rounded(context: Any, value: Vector, memory: Any) -> Any:
+    """Every lane rounded to the memory's type, and widened again."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        narrow = _narrow(builder, values[0], memory.dtype)
+        return _widen(builder, narrow, memory.dtype)
+
+    return value(value, memory), generate
+
+
 def _elementwise(name: str, num_operands: int, generate: Callable[..., Any]) -> Any:
     """An intrinsic that maps vectors of equal lanes to one: `generate(builder, *operands)`."""
 

@@ -1,0 +1,143 @@
+"""The innermost product of bfloat16 matrices: up to 12 rows of x with 32 columns of a packed weight.
+
+Uses the CPU's instruction for sums of two bfloat16 products (AVX512-BF16); `HAS_DOT` says whether
+it is there. Weights come in panels, in the order in which they are used:
+
+    panel p, pair k   | column 0: w[2k] w[2k+1] | column 1: w[2k] w[2k+1] | ... | column 31 |
+
+Called by kernels/cpu/linear only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from loraswarm.kernels.cpu.jit import called
+
+PANEL_COLUMNS = 32
+MAX_ROWS = 12
+"""24 sums and 2 vectors of weights, of 32 registers."""
+_LANES = 16
+_VECTORS = PANEL_COLUMNS // _LANES
+_PREFETCHED_BYTES = 2048
+
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_FLOATS = ir.VectorType(ir.FloatType(), _LANES)
+_PAIRS = ir.VectorType(_I32, _LANES)
+
+
+def _has_dot() -> bool:
+    return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
+
+
+HAS_DOT = _has_dot()
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+_BFLOATS = ir.VectorType(_BFloat(), 2 * _LANES)
+
+
+@intrinsic
+def _dot_panel(
+    context: Any, x: Any, x_stride: Any, num_rows: Any, panel: Any, num_pairs: Any, sums: Any
+) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        x, x_stride, num_rows, panel, num_pairs, sums = values
+        end = builder.append_basic_block("end")
+        switch = builder.switch(num_rows, end)
+        for rows in range(1, MAX_ROWS + 1):
+            block = builder.append_basic_block(f"rows_{rows}")
+            switch.add_case(num_rows.type(rows), block)
+            with builder.goto_block(block):
+                _generate_rows(builder, rows, (x, x_stride, panel, num_pairs, sums))
+                builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, types.intp, panel, types.intp, sums), generate
+
+
+def _generate_rows(builder: Any, num_rows: int, operands: Any) -> None:
+    """The product for one number of rows: its sums stay in registers."""
+    x, x_stride, panel, num_pairs, sums = operands
+    zero = ir.Constant(_FLOATS, [ir.Constant(ir.FloatType(), 0.0)] * _LANES)
+    places = [
+        [cgutils.alloca_once_value(builder, zero) for _ in range(_VECTORS)] for _ in range(num_rows)
+    ]
+    rows = [
+        builder.bitcast(builder.gep(x, [builder.mul(x_stride, _I64(row))]), _I32.as_pointer())
+        for row in range(num_rows)
+    ]
+    weights = builder.bitcast(panel, _BFLOATS.as_pointer())
+    with cgutils.for_range(builder, num_pairs) as loop:
+        first = builder.mul(loop.index, _I64(_VECTORS))
+        columns = []
+        for i in range(_VECTORS):
+            place = builder.gep(weights, [builder.add(first, _I64(i))])
+            columns.append(builder.load(place, align=2))
+            _prefetch(builder, place)
+        for row in range(num_rows):
+            pair = _broadcast_pair(builder, builder.gep(rows[row], [loop.index]))
+            for place, column in zip(places[row], columns, strict=True):
+                builder.store(_multiply_pairs(builder, builder.load(place), column, pair), place)
+    target = builder.bitcast(sums, _FLOATS.as_pointer())
+    for index, place in enumerate(place for row in places for place in row):
+        builder.store(builder.load(place), builder.gep(target, [_I64(index)]), align=4)
+
+
+def _broadcast_pair(builder: Any, place: Any) -> Any:
+    undefined = ir.Constant(_PAIRS, ir.Undefined)
+    first = builder.insert_element(undefined, builder.load(place, align=2), _I32(0))
+    pairs = builder.shuffle_vector(first, undefined, ir.Constant(_PAIRS, [_I32(0)] * _LANES))
+    return builder.bitcast(pairs, _BFLOATS)
+
+
+def _multiply_pairs(builder: Any, sums: Any, a: Any, b: Any) -> Any:
+    function_type = ir.FunctionType(_FLOATS, [_FLOATS, _BFLOATS, _BFLOATS])
+    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, function_type, name), [sums, a, b]
+    )
+
+
+def _prefetch(builder: Any, place: Any) -> None:
+    byte = ir.IntType(8).as_pointer()
+    ahead = builder.gep(builder.bitcast(place, byte), [_I64(_PREFETCHED_BYTES)])
+    function_type = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+    builder.call(function, [ahead, _I32(0), _I32(3), _I32(1)])
+
+
+@called
+def _dot(x: Any, x_stride: int, num_rows: int, panel: Any, num_pairs: int, sums: Any) -> None:
+    _dot_panel(x, x_stride, num_rows, panel, num_pairs, sums)
+
+
+@called
+def _nothing(x: Any, x_stride: int, num_rows: int, panel: Any, num_pairs: int, sums: Any) -> None:
+    """Stands in where the CPU lacks the instruction, and is never run: nothing is packed there."""
+
+
+dot_panel = _dot if HAS_DOT else _nothing
+"""sums[r, c] = sum over k of x[r, k] * w[c, k] for 1 to 12 rows r and the 32 columns of a panel.
+
+`x` and `panel` point to bfloat16 bits, `sums` [rows, 32] to float32; rows of x are `x_stride`
+elements apart and have `2 * num_pairs` elements."""

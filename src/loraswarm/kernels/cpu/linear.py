@@ -1,0 +1,142 @@
+"""The product of tokens with a packed bfloat16 weight: y = x Wᵀ + bias.
+
+A weight is packed once into panels of 32 columns (kernels/cpu/dot); packing changes no bits. An
+item of the operation is some panels for some rows. Called by kernels/cpu/operations and, to record
+an operation, by kernels/cpu/queued.
+Legend: T tokens, I in features, O out features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loraswarm.kernels.cpu.dot import HAS_DOT, MAX_ROWS, PANEL_COLUMNS, dot_panel
+from loraswarm.kernels.cpu.jit import called
+from loraswarm.kernels.cpu.memory import float_at, memory_at, moved
+from loraswarm.kernels.cpu.vectors import (
+    add,
+    load,
+    load_up_to,
+    rounded,
+    store_up_to,
+    zeros,
+)
+
+LANES = 16
+ROWS_PER_ITEM = 192
+ITEM_PRODUCTS = 1 << 21
+"""About 10 microseconds of one core: enough to hide the taking of an item."""
+SUMS = MAX_ROWS * PANEL_COLUMNS
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight [O, I] in panels; `panels` is flat, of the weight's dtype, padded with zeros."""
+
+    panels: Tensor
+    out_features: int
+    in_features: int
+
+    def unpack(self) -> Tensor:
+        """[O, I] in row order: a copy of the same bits."""
+        panels = self.panels.view(-1, self.in_features // 2, PANEL_COLUMNS, 2)
+        rows = panels.permute(0, 2, 1, 3).reshape(-1, self.in_features)
+        return rows[: self.out_features]
+
+
+def can_pack(dtype: torch.dtype, in_features: int) -> bool:
+    """Whether this CPU multiplies from panels of this dtype."""
+    return HAS_DOT and dtype == torch.bfloat16 and in_features % 2 == 0
+
+
+def pack(weight_OI: Tensor) -> PackedWeight:
+    """The weight in panels; `can_pack` must hold."""
+    out_features, in_features = weight_OI.shape
+    num_panels = -(-out_features // PANEL_COLUMNS)
+    padded = weight_OI
+    if out_features % PANEL_COLUMNS:
+        padded = weight_OI.new_zeros(num_panels * PANEL_COLUMNS, in_features)
+        padded[:out_features] = weight_OI
+    pairs = padded.view(num_panels, PANEL_COLUMNS, in_features // 2, 2).permute(0, 2, 1, 3)
+    return PackedWeight(pairs.contiguous().view(-1), out_features, in_features)
+
+
+def linear_arguments(
+    x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None, y_TO: Tensor
+) -> tuple[int, tuple[int, ...]]:
+    """The number of items and their arguments.
+
+    `y_TO` is written: bfloat16, or float32 with values that are rounded to bfloat16.
+    """
+    num_tokens, in_features = x_TI.shape
+    num_panels = weight.panels.numel() // (PANEL_COLUMNS * in_features)
+    num_chunks = -(-num_tokens // ROWS_PER_ITEM)
+    rows_per_item = -(-num_tokens // max(num_chunks, 1))
+    panel_products = max(rows_per_item * PANEL_COLUMNS * in_features, 1)
+    panels_per_item = max(1, min(ITEM_PRODUCTS // panel_products, num_panels // 16))
+    num_groups = -(-num_panels // panels_per_item)
+    return num_groups * num_chunks, (
+        x_TI.data_ptr(),
+        x_TI.stride(0),
+        num_tokens,
+        in_features // 2,
+        weight.panels.data_ptr(),
+        num_panels,
+        weight.out_features,
+        bias_O.data_ptr() if bias_O is not None else 0,
+        y_TO.data_ptr(),
+        y_TO.stride(0),
+        y_TO.dtype == torch.float32,
+        panels_per_item,
+        num_groups,
+        rows_per_item,
+    )
+
+
+@called
+def linear_item(arguments: Any, item: int, scratch: Any, like: Any) -> None:
+    """Some panels for some rows."""
+    x, x_stride = memory_at(like, arguments[0]), arguments[1]
+    num_tokens, num_pairs = arguments[2], arguments[3]
+    panels, num_panels = memory_at(like, arguments[4]), arguments[5]
+    panels_per_item, num_groups, rows_per_item = arguments[11], arguments[12], arguments[13]
+    first_panel = item % num_groups * panels_per_item
+    first_row = item // num_groups * rows_per_item
+    end_row = min(first_row + rows_per_item, num_tokens)
+    for panel in range(first_panel, min(first_panel + panels_per_item, num_panels)):
+        weights = moved(panels, panel * num_pairs * 2 * PANEL_COLUMNS)
+        row = first_row
+        while row < end_row:
+            num_blocks = (end_row - row + MAX_ROWS - 1) // MAX_ROWS
+            num_rows = (end_row - row + num_blocks - 1) // num_blocks
+            dot_panel(moved(x, row * x_stride), x_stride, num_rows, weights, num_pairs, scratch)
+            _write_sums(arguments, row, num_rows, panel * PANEL_COLUMNS, scratch, like)
+            row += num_rows
+
+
+@called
+def _write_sums(
+    arguments: Any, first_row: int, num_rows: int, column: int, scratch: Any, like: Any
+) -> None:
+    """Add the bias to a block of sums, round, and store it."""
+    out_features, bias = arguments[6], arguments[7]
+    y_stride, is_float = arguments[9], arguments[10]
+    zero = zeros(LANES)
+    for low in range(0, PANEL_COLUMNS, LANES):
+        count = out_features - column - low
+        if count <= 0:
+            return
+        addend = zero
+        if bias != 0:
+            addend = load_up_to(zero, memory_at(like, bias), column + low, count)
+        for row in range(num_rows):
+            value = add(load(zero, scratch, row * PANEL_COLUMNS + low), addend)
+            index = (first_row + row) * y_stride + column + low
+            if is_float != 0:
+                store_up_to(rounded(value, like), float_at(arguments[8]), index, count)
+            else:
+                store_up_to(value, memory_at(like, arguments[8]), index, count)

@@ -1,0 +1,106 @@
+"""Bare pointers from addresses, and the atomic reads and pauses by which threads wait for others.
+
+An operation of a program (kernels/cpu/program) holds addresses as integers; its code turns them
+into pointers of the type it expects. Nothing checks them. Used only by the kernels of this package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_I32 = ir.IntType(32)
+
+
+def _pointer(dtype: Any) -> Any:
+    """An intrinsic: the address as a bare pointer to elements of a fixed type."""
+
+    def typing(context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return builder.inttoptr(values[0], context.get_data_type(dtype).as_pointer())
+
+        return types.CPointer(dtype)(types.int64), generate
+
+    return intrinsic(typing)
+
+
+int64_at = _pointer(types.int64)
+int32_at = _pointer(types.int32)
+float_at = _pointer(types.float32)
+
+
+@intrinsic
+def memory_at(context: Any, like: Any, address: Any) -> Any:
+    """The address as a bare pointer to elements of the type that pointer `like` has."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[1], context.get_data_type(like.dtype).as_pointer())
+
+    return types.CPointer(like.dtype)(like, types.int64), generate
+
+
+@intrinsic
+def moved(context: Any, memory: Any, count: Any) -> Any:
+    """The pointer `count` elements further on."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.gep(values[0], [values[1]])
+
+    return memory(memory, types.intp), generate
+
+
+@intrinsic
+def add_atomically_at(context: Any, memory: Any, index: Any, amount: Any) -> Any:
+    """Add to one int64 and return what it was before; what was written before is seen by whoever
+    reads the sum."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place = builder.gep(values[0], [values[1]])
+        return builder.atomic_rmw("add", place, values[2], "seq_cst")
+
+    return types.int64(memory, types.intp, types.int64), generate
+
+
+@intrinsic
+def read_atomically(context: Any, memory: Any, index: Any) -> Any:
+    """One int64, and with it all that its writer wrote before."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place = builder.gep(values[0], [values[1]])
+        return builder.load_atomic(place, "acquire", 8)
+
+    return types.int64(memory, types.intp), generate
+
+
+@intrinsic
+def yield_thread(context: Any) -> Any:
+    """Let another thread of the machine run."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(_I32, []), "sched_yield"
+        )
+        builder.call(function, [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def relax(context: Any) -> Any:
+    """Tell the core that this thread is waiting in a loop."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        name = "llvm.x86.sse2.pause"
+        if "x86" in builder.module.triple or "amd64" in builder.module.triple.lower():
+            function = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.VoidType(), []), name
+            )
+            builder.call(function, [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
