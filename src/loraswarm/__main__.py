@@ -14,6 +14,7 @@ import typer
 from typer.exceptions import TyperException
 
 from loraswarm import __version__
+from loraswarm.commands.bench_app import app as bench_app
 from loraswarm.commands.options import parse_bytes
 from loraswarm.config import EngineConfig, ServerConfig
 from loraswarm.core.request import SamplingParams
@@ -30,6 +31,7 @@ adapters_app = typer.Typer(
     help="Check adapters before they are served, or convert them.", rich_markup_mode=None
 )
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(bench_app, name="bench")
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face directory, or a hub id.")]
 Adapters = Annotated[
@@ -274,7 +276,7 @@ def _engine_config(**fields: Any) -> EngineConfig:
 def main() -> None:
     """Run a command; a user's mistake is one line on standard error and exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    for chatty in ("httpx", "httpx2", "openai", "uvicorn.error"):
+    for chatty in ("httpx", "httpx2", "matplotlib", "openai", "uvicorn.error"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)

@@ -1,0 +1,184 @@
+"""`loraswarm bench`: options on the command line, refusals in one line, what is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench_cases import result, steady_point
+from bench_endpoint import fake_server, loraswarm, options
+from loraswarm.bench.report import read_result, write_json
+from loraswarm.commands.bench import bench, compare
+from loraswarm.commands.bench_options import BenchOptions
+from loraswarm.errors import ConfigError
+
+
+@pytest.fixture
+def server():
+    with fake_server() as running:
+        yield running
+
+
+URL = {"url": "http://127.0.0.1:1"}
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({}, "give either --url of an endpoint or --offline MODEL"),
+        ({**URL, "offline": "m"}, "give either --url"),
+        ({**URL, "dtype": "float32"}, "--dtype needs --offline"),
+        ({**URL, "adapters_dir": ["d"]}, "--adapters-dir needs --offline"),
+        ({"offline": "m", "api_key": "k"}, "--api-key needs --url"),
+        ({"offline": "m", "adapters_from": "/v1/models"}, "--adapters-from needs --url"),
+        ({**URL, "adapters": "a", "adapters_from": "/v1/models"}, "either --adapters or"),
+        ({**URL, "adapters_from": "/models"}, "--adapters-from is '/models'"),
+        ({**URL, "adapters": "a,,b"}, "--adapters is 'a,,b'"),
+        ({**URL, "concurrency": "1,x"}, "--concurrency is '1,x'"),
+        ({**URL, "concurrency": "0"}, "--concurrency is '0'"),
+        ({**URL, "concurrency": "8,8"}, "--concurrency is '8,8'"),
+        ({**URL, "repeats": 0}, "--repeats is 0"),
+        ({**URL, "warmup": -1}, "--warmup is -1"),
+        ({**URL, "timeout": float("nan")}, "--timeout is nan"),
+        ({**URL, "records": True}, "--records needs --json"),
+        ({**URL, "goodput": "speed:9"}, "speed:9"),
+        ({**URL, "prompt_tokens": "many"}, "--prompt-tokens is 'many'"),
+        ({**URL, "output_tokens": "0"}, "--output-tokens is '0'"),
+        ({**URL, "plot": "a.jpg"}, "must end with .png or .html"),
+        ({**URL, "json": "/nonexistent/a.json"}, "--json is '/nonexistent/a.json'"),
+        ({**URL, "csv": "/tmp"}, "--csv is '/tmp'"),
+        ({"url": "http://me:s3cret@127.0.0.1:1"}, "--url holds a password"),
+        ({"url": "127.0.0.1:1"}, "is no URL"),
+        (URL, "127.0.0.1:1/v1/models cannot be asked"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_in_one_line(others, message):
+    with pytest.raises(ConfigError) as caught:
+        bench(BenchOptions(**others))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"popularity": "zipf:1.1"}, "--popularity is given, but there are no adapters"),
+        ({"base_share": 0.5}, "--base-share is given, but there are no adapters"),
+        ({"adapters": "sql", "popularity": "loud"}, "popularity is 'loud'"),
+        ({"adapters": "sql", "base_share": 1.5}, "base_share is 1.5"),
+        ({"arrivals": "now"}, "arrivals is 'now'"),
+        ({"requests": 0}, "num_requests is 0"),
+        ({"vocab_size": 1}, "vocab_size is 1"),
+    ],
+)
+def test_a_workload_that_cannot_be_is_refused_before_anything_is_sent(server, others, message):
+    with pytest.raises(ConfigError, match=message):
+        bench(options(server, **others))
+    assert not server.requests
+
+
+def test_every_option_is_on_the_command_line_and_means_the_field(server, tmp_path):
+    file = tmp_path / "a.json"
+    asked = loraswarm(
+        *("bench", "--url", server.url, "--adapters", "sql,pirate", "--popularity", "round-robin"),
+        *("--base-share", "0.2", "--prompt-tokens", "9", "--output-tokens", "2", "--prefixes", "2"),
+        *("--shared-prefix", "0.5", "--requests", "10", "--concurrency", "2", "--warmup", "1"),
+        *("--repeats", "1", "--seed", "3", "--vocab-size", "99", "--goodput", "ttft:9"),
+        *("--api-key", "k", "--timeout", "50", "--arrivals", "closed", "--base-model", "tiny"),
+        *("--json", str(file), "--records", "--allow-errors"),
+    )
+    assert asked.returncode == 0, asked.stderr
+    found = read_result(file)["options"]
+    expected = {"popularity": "round-robin", "base_share": 0.2, "prompt_tokens": "9", "prefixes": 2}
+    expected |= {"shared_prefix": 0.5, "requests": 10, "concurrency": "2", "warmup": 1, "seed": 3}
+    expected |= {"goodput": "ttft:9", "timeout": 50.0, "records": True, "vocab_size": 99}
+    assert expected.items() <= found.items()
+    assert "requests in flight" in asked.stdout
+    models = [one.body["model"] for one in server.requests[1:]]
+    assert models.count("tiny") == 2
+
+
+def test_mistakes_are_one_line_and_exit_code_1(server):
+    for arguments, message in [
+        (["bench"], "give either --url"),
+        (["bench", "--url", server.url, "--adapters", "nobody"], "no model or adapter is named"),
+        (["bench", "--url", server.url, "--base-model", "fails", "--warmup", "0"], "every request"),
+        (["bench", "--requests", "7", "compare", "a.json", "b.json"], "no meaning for compare"),
+        (["bench", "compare", "a.json"], "1 file given"),
+    ]:
+        done = loraswarm(*arguments)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        errors = [line for line in done.stderr.splitlines() if line.startswith("loraswarm: error:")]
+        assert len(errors) == 1
+        assert message in errors[0]
+
+
+def test_files_are_compared_and_drawn(tmp_path, capsys):
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    for path, first_s in zip(paths, (0.4, 0.2), strict=True):
+        write_json(result(steady_point(first_s)), path)
+    compare(paths, None)
+    assert "0.50 x" in capsys.readouterr().out
+    compare(paths, str(tmp_path / "a.html"))
+    assert (tmp_path / "a.html").read_text().count("<svg ") == 4
+    with pytest.raises(ConfigError, match="--plot"):
+        compare(paths, "/nonexistent/a.png")
+
+
+def test_help_brings_nothing_heavy():
+    code = (
+        "import sys, loraswarm.__main__;"
+        "heavy = {'torch', 'numpy', 'aiohttp', 'matplotlib', 'tqdm'} & sys.modules.keys();"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    shown = loraswarm("bench", "--help").stdout
+    for name in ("--shared-prefix", "--adapters-dir", "--records", "compare"):
+        assert name in shown
+
+
+def test_every_option_is_documented_with_an_example():
+    page = Path(__file__).parent.parent.joinpath("docs", "bench.md").read_text()
+    for field in dataclasses.fields(BenchOptions):
+        assert f"| `--{field.name.replace('_', '-')}" in page
+
+
+def test_a_run_imports_no_torch(server):
+    code = (
+        "import sys; from loraswarm.commands.bench import bench;"
+        "from loraswarm.commands.bench_options import BenchOptions;"
+        f"code = bench(BenchOptions(url={server.url!r}, requests=3, output_tokens='3', warmup=0));"
+        "sys.exit(str(heavy) if (heavy := {'torch', 'numba'} & sys.modules.keys()) else code)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+
+
+def test_an_engine_in_this_process_is_measured(tmp_path):
+    from engine_factory import save_swarm  # brings torch, which no other test here needs
+
+    save_swarm(tmp_path, 2, has_tokenizer=True)
+    file = tmp_path / "a.json"
+    common = ["bench", "--offline", str(tmp_path / "model"), "--adapters-dir"]
+    common += [str(tmp_path / "adapters"), "--num-threads", "1", "--vocab-size", "50"]
+    common += ["--prompt-tokens", "7", "--output-tokens", "3", "--requests", "6", "--warmup", "1"]
+    common += ["--dtype", "float32", "--pool-bytes", "8MiB", "--max-model-len", "64"]
+    done = loraswarm(*common, "--popularity", "round-robin", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    found = read_result(file)
+    assert found["target"] == "offline model"
+    assert found["options"]["adapters"] == ["a000", "a001"]
+    summary = found["points"][0]["summary"]
+    assert summary["total_output_tokens"] == 18
+    assert {name: row["num_requests"] for name, row in summary["per_adapter"].items()} == {
+        "a000": 3,
+        "a001": 3,
+    }
+    refused = loraswarm(*common, "--adapters", "a000,nobody")
+    assert refused.returncode == 1
+    assert "no model or adapter is named 'nobody'; known: a000, a001" in refused.stderr
