@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PEERS_JSON ?= benchmarks/results/peers.json
 
-.PHONY: demo test lint check fuzz format train-demo bench clean
+.PHONY: demo test lint check fuzz format train-demo bench bench-peers clean
 
 demo: .venv/.demo            ## serve the bundled swarm, send one mixed batch, print the answers
 	$(BIN)/loraswarm demo
@@ -32,6 +33,9 @@ train-demo: .venv/.train     ## train the demo's base model and adapters anew (a
 
 bench: .venv/.dev            ## decode throughput, base and 32 adapters
 	$(BIN)/python benchmarks/decode.py
+
+bench-peers: .venv/.dev      ## install the peers, measure them and ours, print ratios (hours)
+	$(BIN)/python benchmarks/peers/run_all.py --json $(PEERS_JSON) $(PEERS_OPTIONS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -1,0 +1,119 @@
+"""The table of a session: what each peer did, and how many times that ours did.
+
+    python benchmarks/peers/comparison.py benchmarks/results/peers-zen5-4cores.json
+
+Reads the document that session writes; knows nothing about how it was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Point = dict[str, Any]
+
+
+def table(document: dict[str, Any], ours: str) -> str:
+    """Medians over repeats as Markdown: one row a workload and peer, ratios to ours beside."""
+    points = {_key(result): result["points"] for result in document["results"]}
+    workloads = list(dict.fromkeys(workload for workload, _ in points))
+    lines = [
+        "| workload | peer | runs | tokens/s (least-most) | ours is | TTFT p50 / p99 s |"
+        " ours p50 is | ITL p50 ms | peak PSS / RSS GB | ours PSS is |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for workload in workloads:
+        mine = points.get((workload, ours))
+        for (other, peer), theirs in points.items():
+            if other == workload:
+                lines.append(_row(workload, peer, theirs, None if peer == ours else mine))
+    everything = [point for several in points.values() for point in several]
+    return "\n".join([*lines, "", _rates(everything), *_drifts(points, ours)])
+
+
+def _row(workload: str, peer: str, points: Sequence[Point], ours: Sequence[Point] | None) -> str:
+    rates = [_rate(point) for point in points]
+    cells = [
+        workload,
+        peer,
+        str(len(points)),
+        f"{statistics.median(rates):.1f} ({min(rates):.1f}-{max(rates):.1f})",
+        _ratio(ours, points, _rate),
+        f"{_median(points, _first('p50')):.2f} / {_median(points, _first('p99')):.2f}",
+        _ratio(ours, points, _first("p50")),
+        f"{_median(points, _between) * 1e3:.0f}",
+        f"{_median(points, _pss) / 1e9:.2f} / {_median(points, _rss) / 1e9:.2f}",
+        _ratio(ours, points, _pss),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _rates(points: Sequence[Point]) -> str:
+    rates = [point["read_gb_per_s"] for point in points]
+    if not rates:
+        return "nothing was measured"
+    return (
+        f"The machine read {min(rates):.0f} to {max(rates):.0f} GB/s,"
+        f" median {statistics.median(rates):.0f}, before each of {len(rates)} runs."
+    )
+
+
+def _drifts(points: dict[tuple[str, str], list[Point]], ours: str) -> list[str]:
+    """How much our own rate changed between the first and the last place of each turn."""
+    lines = []
+    for (workload, peer), several in points.items():
+        first = {point["repeat"]: _rate(point) for point in several if point["position"] == 0}
+        last = {point["repeat"]: _rate(point) for point in several if point["position"] > 0}
+        changes = [last[repeat] / first[repeat] for repeat in first if repeat in last]
+        if peer == ours and changes:
+            shown = ", ".join(f"{change:.2f}" for change in changes)
+            lines.append(
+                f"{workload}: ours at the end of each turn over ours at its start: {shown}"
+            )
+    return lines
+
+
+def _ratio(
+    ours: Sequence[Point] | None, theirs: Sequence[Point], value: Callable[[Point], float]
+) -> str:
+    if not ours:
+        return "-"
+    return f"{_median(ours, value) / _median(theirs, value):.2f} x"
+
+
+def _median(points: Sequence[Point], value: Callable[[Point], float]) -> float:
+    return statistics.median(map(value, points))
+
+
+def _rate(point: Point) -> float:
+    return float(point["summary"]["output_tokens_per_s"])
+
+
+def _first(percentile: str) -> Callable[[Point], float]:
+    return lambda point: float(point["summary"]["time_to_first_token_s"][percentile])
+
+
+def _between(point: Point) -> float:
+    """0 where every answer is one token: there is no time between tokens then."""
+    statistics_of_run = point["summary"]["inter_token_latency_s"]
+    return 0.0 if statistics_of_run is None else float(statistics_of_run["p50"])
+
+
+def _pss(point: Point) -> float:
+    return float(point["peak_pss_bytes"])
+
+
+def _rss(point: Point) -> float:
+    return float(point["peak_rss_bytes"])
+
+
+def _key(result: dict[str, Any]) -> tuple[str, str]:
+    return result["options"]["workload"], result["options"]["peer"]
+
+
+if __name__ == "__main__":
+    print(table(json.loads(Path(sys.argv[1]).read_text()), "loraswarm"))
