@@ -49,6 +49,8 @@ TORCH_FREE = [
     "loraswarm.engine.policies",
     "loraswarm.engine.child_client",
     "loraswarm.demo",
+    "loraswarm.core.cost_model",
+    "loraswarm.bench.calibrate",
     "loraswarm.bench.compare",
     "loraswarm.bench.http_target",
     "loraswarm.bench.metrics",

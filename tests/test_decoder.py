@@ -137,7 +137,7 @@ def test_norms_round_where_transformers_does(dtype):
     ours, theirs = RMSNorm(Backend(reference, dtype, CPU), "", 133, 1e-5), LlamaRMSNorm(133, 1e-5)
     ours.weight_D.copy_(torch.randn(133, generator=generator))
     theirs.weight.data = ours.weight_D
-    assert torch.equal(ours.forward(x_TD, {}, x_TD.flatten()), theirs(x_TD))
+    assert torch.equal(ours.forward(x_TD, None, {}, x_TD.flatten()), theirs(x_TD))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

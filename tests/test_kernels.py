@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
@@ -18,8 +16,8 @@ from kernel_cases import (
     use_all_threads,
 )
 from loraswarm.kernels import cpu, reference
-from loraswarm.kernels.cpu.lora import crossover
-from loraswarm.kernels.cpu.warming import LoraUpdate, measure_crossover
+from loraswarm.kernels.cpu.linear import pack_linear
+from loraswarm.kernels.cpu.lora import linear_shrink
 from tolerance import TOLERANCE, assert_close
 
 DTYPES = list(TOLERANCE)
@@ -151,16 +149,6 @@ def test_expand_writes_only_its_columns_of_a_wider_tensor(backend, dtype):
     assert (wider[:, -11:] == 7).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("max_tokens", [0, 8, 39])
-def test_segments_past_the_crossover_equal_reference(max_tokens, dtype):
-    case = make_lora_case(dtype, MIXED)
-    crossover.set_max_tokens(dtype, max_tokens)
-    h_QTR = case.shrink(cpu)
-    assert_close(case.defined(h_QTR), case.defined(case.shrink(reference)), torch.float32)
-    assert_close(case.expanded(cpu, h_QTR), case.expanded(reference, h_QTR), dtype)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_are_rounded_to_nearest_even(backend, dtype):
@@ -180,21 +168,81 @@ def test_sums_are_rounded_to_nearest_even(backend, dtype):
     torch.testing.assert_close(y_TO[:, 0], exact.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    ("torch_s", "expected"),
-    [
-        ({512: 0.9, 128: 0.1, 32: 0.1}, sys.maxsize),
-        ({512: 0.5, 128: 0.9, 32: 0.1}, 511),
-        ({512: 0.5, 128: 0.7, 32: 2.0}, 127),
-        ({512: 0.5, 128: 0.5, 32: 0.5}, 31),
-    ],
-)
-def test_torch_takes_the_lengths_from_which_it_is_clearly_faster(monkeypatch, torch_s, expected):
-    def fastest_s(case):
-        runs_in_torch = crossover.max_tokens(torch.bfloat16) == 0
-        return torch_s[case.num_tokens] if runs_in_torch else 1.0
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 7, 133])
+def test_lora_equals_reference_for_rows_longer_than_what_is_summed_at_once(num_tokens, dtype):
+    case = make_lora_case(dtype, [("adapter3", num_tokens)], 4131, (2500,))
+    h_QTR = case.shrink(reference)
+    assert_close(case.defined(case.shrink(cpu)), case.defined(h_QTR), torch.float32)
+    assert_close(case.expanded(cpu, h_QTR), case.expanded(reference, h_QTR), dtype)
 
-    monkeypatch.setattr(LoraUpdate, "fastest_s", fastest_s)
-    measure_crossover(torch.bfloat16)
-    assert crossover.max_tokens(torch.bfloat16) == expected
-    assert crossover.max_tokens(torch.float16) == sys.maxsize
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+@pytest.mark.parametrize(
+    "names", [("adapter5", "adapter3", "adapter12"), [f"adapter{4 + 7 * i}" for i in range(6)]]
+)
+def test_sums_of_many_tiles_equal_reference(names, num_tokens, dtype):
+    first, *others = names
+    case = make_lora_case(dtype, [(first, num_tokens, *others), (None, 2)], 70, (4200,))
+    assert int(case.tiles.max_tiles[FIRST_SITE]) > 4
+    h_QTR = case.shrink(reference)
+    assert_close(case.defined(case.shrink(cpu)), case.defined(h_QTR), torch.float32)
+    assert_close(case.expanded(cpu, h_QTR), case.expanded(reference, h_QTR), dtype)
+
+
+def test_a_long_segment_gives_each_token_what_it_gets_alone():
+    case = make_lora_case(torch.bfloat16, [("adapter5", 70, "adapter3")], 4131, (300,))
+    together_h = case.shrink(cpu)
+    together = case.expanded(cpu, together_h)
+    for token in (0, 33, 69):
+        alone = case.alone(token)
+        h_QTR = alone.shrink(cpu)
+        assert torch.equal(alone.defined(h_QTR)[:, 0], case.defined(together_h)[:, token])
+        assert torch.equal(alone.expanded(cpu, h_QTR)[0], together[token])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 33])
+def test_a_product_and_a_shrink_together_equal_both_apart(num_tokens):
+    case = make_lora_case(torch.bfloat16, segments_of("zipf", num_tokens), 64, (96, 33))
+    weight_OI = torch.randn(129, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weight = pack_linear(weight_OI)
+    if weight is None:
+        pytest.skip("this CPU multiplies from no panels")
+    y_TO = torch.full((num_tokens, 129), float("nan"), dtype=torch.bfloat16)
+    h_QTR = linear_shrink(case.x_TI, weight, None, y_TO, case.pool, case.tiles, FIRST_SITE, 2)
+    assert torch.equal(case.defined(h_QTR), case.defined(case.shrink(cpu)))
+    assert_close(y_TO, case.x_TI.float() @ weight_OI.float().T, torch.bfloat16)
+
+
+def test_recorded_updates_of_several_tables_equal_those_run_at_once():
+    cases = [
+        make_lora_case(torch.bfloat16, segments_of("zipf", num_tokens), 64, (96, 33))
+        for num_tokens in (7, 3)
+    ]
+    expected = [case.expanded(cpu, case.shrink(cpu)) for case in cases]
+    results = [case.y_TO.clone() for case in cases]
+    with cpu.recording():
+        for case, y_TO in zip(cases, results, strict=True):
+            h_QTR = case.shrink(cpu)
+            cpu.lora_expand_(y_TO, h_QTR, case.pool, case.tiles, FIRST_SITE, case.out_bounds)
+            assert torch.equal(y_TO, case.y_TO)
+    for result, wanted, case in zip(results, expected, cases, strict=True):
+        assert torch.equal(result, wanted)
+        assert not torch.equal(result, case.y_TO)
+
+
+def test_a_table_serves_modules_of_several_widths():
+    case = make_lora_case(torch.bfloat16, MIXED, 64, (96, 96))
+    narrow = case.x_TI[:, :33].contiguous()
+    for x_TI in (case.x_TI, narrow, case.x_TI):
+        arguments = x_TI, case.pool, case.tiles, FIRST_SITE, 2
+        result, expected = cpu.lora_shrink(*arguments), reference.lora_shrink(*arguments)
+        assert_close(case.defined(result), case.defined(expected), torch.float32)
+    h_QTR = case.shrink(reference)
+    for width in (192, 150):
+        y_TO, expected = case.y_TO[:, :width].clone(), case.y_TO[:, :width].clone()
+        for backend, rows in ((cpu, y_TO), (reference, expected)):
+            bounds = (0, 96, width)
+            backend.lora_expand_(rows, h_QTR, case.pool, case.tiles, FIRST_SITE, bounds)
+        assert_close(y_TO, expected, torch.bfloat16)

@@ -34,6 +34,48 @@ def test_attention_equals_reference(heads, head_size, page_tokens, window, dtype
     assert_close(result, case.attend(reference, window), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 1500])
+@pytest.mark.parametrize(("heads", "head_size"), [((7, 1), 64), ((2, 2), 33), ((3, 1), 256)])
+def test_many_rows_and_keys_equal_reference(heads, head_size, window, dtype):
+    case = make_attention_case(dtype, [(20, 2500), (1, 1030), (133, 133)], heads, head_size, 64)
+    assert_close(case.attend(cpu, window), case.attend(reference, window), dtype)
+
+
+def test_an_odd_number_of_tokens_per_page_equals_reference():
+    case = make_attention_case(torch.bfloat16, DECODE_AND_PREFILL, page_tokens=5)
+    assert_close(case.attend(cpu), case.attend(reference), torch.bfloat16)
+
+
+def test_a_token_attends_alike_whoever_is_beside_it():
+    alone = make_attention_case(torch.bfloat16, [(1, 700)])
+    many = make_attention_case(torch.bfloat16, [(1, 700), (37, 133), (1, 9)])
+    (k_KCE, v_KCE), page_tokens = alone.contiguous[0], many.pages.shape[4]
+    for token in range(700):
+        page = int(many.work.page_table[0, token // page_tokens])
+        many.pages[page, 1, 0, :, token % page_tokens] = k_KCE[:, token]
+        many.pages[page, 1, 1, :, token % page_tokens] = v_KCE[:, token]
+    many.q_THE[0] = alone.q_THE[0]
+    assert torch.equal(many.attend(cpu)[0], alone.attend(cpu)[0])
+
+
+def test_calls_of_one_recording_do_not_disturb_each_other():
+    case = make_attention_case(torch.bfloat16, DECODE_AND_PREFILL)
+    other = make_attention_case(torch.bfloat16, [(1, 600), (2, 700)], seed=1)
+    expected = [case.attend(cpu), case.attend(cpu, 50), other.attend(cpu), case.attend(cpu)]
+    assert not torch.equal(expected[0], expected[1])
+    with cpu.recording():
+        results = [case.attend(cpu), case.attend(cpu, 50), other.attend(cpu), case.attend(cpu)]
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+def test_heads_that_no_scratch_memory_holds_are_refused():
+    case = make_attention_case(torch.bfloat16, [(1, 3)], (1, 1), head_size=2048)
+    with pytest.raises(ValueError, match="2048"):
+        case.attend(cpu)
+
+
 @pytest.mark.parametrize("window", [None, 1, 50])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (7, 1)])
 def test_reference_attention_equals_torch_on_contiguous_data(heads, window):

@@ -84,6 +84,16 @@ EvictionPolicy = Annotated[
         " used).",
     ),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="Keep the base's matrices as integers: int8 or int4 [default: as floats]"),
+]
+CostModelFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="What `loraswarm bench calibrate` wrote, to judge costs by at first."
+    ),
+]
 MaxNumSequences = Annotated[int, typer.Option(help="Most requests in one step.")]
 MaxStepTokens = Annotated[int, typer.Option(help="Most tokens in one step.")]
 NumThreads = Annotated[int | None, typer.Option(help="CPU threads [default: physical cores]")]
@@ -125,6 +135,8 @@ def serve(
     refresh_interval: RefreshInterval = None,
     prefix_caching: PrefixCaching = True,
     eviction: EvictionPolicy = "cost",
+    quantize: Quantize = None,
+    cost_model: CostModelFile = None,
     max_num_sequences: MaxNumSequences = 128,
     max_step_tokens: MaxStepTokens = 512,
     num_threads: NumThreads = None,
@@ -147,6 +159,8 @@ def serve(
         refresh_interval_s=refresh_interval,
         prefix_caching=prefix_caching,
         eviction=eviction,
+        quantize=quantize,
+        cost_model=cost_model,
         max_num_sequences=max_num_sequences,
         max_step_tokens=max_step_tokens,
         num_threads=num_threads,
@@ -175,6 +189,7 @@ def generate(
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
     pool_bytes: PoolBytes = None,
+    quantize: Quantize = None,
     num_threads: NumThreads = None,
 ) -> None:
     """Answer one prompt, streamed to the terminal."""
@@ -185,6 +200,7 @@ def generate(
         dtype=dtype,
         max_model_len=max_model_len,
         pool_bytes=parse_bytes("--pool-bytes", pool_bytes),
+        quantize=quantize,
         num_threads=num_threads,
     )
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)

@@ -16,9 +16,11 @@ from loraswarm.errors import ConfigError
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 EVICTIONS = ("cost", "lru")
+QUANTIZATIONS = ("int8", "int4")
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 Eviction = Literal["cost", "lru"]
+Quantize = Literal["int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,8 @@ class EngineConfig:
     copied to the pool; None takes a share of what is available. With `host_cache_dir` they are kept
     in files there, and found again by the next start. `eviction` chooses which idle adapter or
     cached prefix leaves first: by what it would cost to miss it, or the least recently used.
+    `cost_model` is a file of `loraswarm bench calibrate`, to judge costs by before any are seen.
+    `quantize` keeps the base's matrices as integers (see models/quantization); None: as floats.
     """
 
     model: str
@@ -52,11 +56,15 @@ class EngineConfig:
     host_cache_dir: str | None = None
     prefix_caching: bool = True
     eviction: Eviction = "cost"
+    cost_model: str | None = None
+    quantize: Quantize | None = None
 
     def __post_init__(self) -> None:
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("eviction", self.eviction, EVICTIONS)
         _require_choice("device", self.device, DEVICES)
+        if self.quantize is not None:
+            _require_choice("quantize", self.quantize, QUANTIZATIONS)
         if not self.model:
             raise ConfigError("model is empty; give a local directory or a hub id")
         for name in ("max_model_len", "pool_bytes", "num_threads", "host_cache_bytes"):

@@ -5,11 +5,13 @@ Imports what a command needs when it runs, so that `--help` stays instant.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from loraswarm.commands.bench_options import BenchOptions, command_of
+from loraswarm.commands.options import parse_bytes
 from loraswarm.errors import ConfigError
 
 app = typer.Typer(rich_markup_mode=None)
@@ -47,3 +49,51 @@ def compare(
     from loraswarm.commands.bench import compare as run
 
     run(files, plot)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A Hugging Face directory, or a hub id.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="Write the cost model here.")
+    ],
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A store of adapters to measure with; may be repeated"
+            " [default: random ones of ranks 8, 16, 32 and 64]"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")
+    ] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4.")] = None,
+    num_threads: Annotated[
+        int | None, typer.Option(help="CPU threads [default: physical cores]")
+    ] = None,
+    pool_bytes: Annotated[
+        str | None, typer.Option(help="Size of the pool of pages, e.g. 4GiB [default: auto]")
+    ] = None,
+    max_step_tokens: Annotated[int, typer.Option(help="Most tokens in one step.")] = 512,
+    rounds: Annotated[int, typer.Option(help="How often every step is timed.")] = 3,
+) -> None:
+    """Measure what serving MODEL costs on this machine, for `serve --cost-model`; minutes."""
+    from loraswarm.bench.calibrate import CalibrateOptions
+    from loraswarm.bench.calibrate import calibrate as run
+
+    engine = {
+        "dtype": dtype,
+        "quantize": quantize,
+        "num_threads": num_threads,
+        "pool_bytes": parse_bytes("--pool-bytes", pool_bytes),
+        "max_step_tokens": max_step_tokens,
+    }
+    options = CalibrateOptions(
+        model=model,
+        adapters=tuple(adapters or ()),
+        num_rounds=rounds,
+        engine=tuple(engine.items()),
+    )
+    if not Path(output).absolute().parent.is_dir():  # before minutes of measuring, not after
+        raise ConfigError(f"cannot write {output!r}: there is no such directory")
+    run(options, print).write(output)

@@ -19,7 +19,14 @@ from loraswarm.errors import ConfigError
 DEFAULT_CONCURRENCY = 32
 MODELS_PATH = "/v1/models"
 FOR_URL = ("base_model", "api_key", "timeout", "adapters_from")
-FOR_OFFLINE = ("adapters_dir", "dtype", "pool_bytes", "max_model_len", "num_threads")
+FOR_OFFLINE = (
+    "adapters_dir",
+    "dtype",
+    "pool_bytes",
+    "max_model_len",
+    "num_threads",
+    "quantize",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +120,7 @@ class BenchOptions:
         int | None, typer.Option(help="Most tokens of prompt and answer, for --offline.")
     ] = None
     num_threads: Annotated[int | None, typer.Option(help="CPU threads, for --offline.")] = None
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4, for --offline.")] = None
     json: Annotated[str | None, typer.Option(metavar="FILE", help="Write the result here.")] = None
     csv: Annotated[str | None, typer.Option(metavar="FILE", help="Write the figures here.")] = None
     plot: Annotated[

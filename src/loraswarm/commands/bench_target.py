@@ -40,6 +40,7 @@ def start_engine(options: BenchOptions) -> Measured:
         "pool_bytes": parse_bytes("--pool-bytes", options.pool_bytes),
         "max_model_len": options.max_model_len,
         "num_threads": options.num_threads,
+        "quantize": options.quantize,
     }
     set_engine_environment()
     target = OfflineTarget(options.offline, options.adapters_dir or (), _report, **engine_options)

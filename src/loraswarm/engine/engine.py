@@ -33,6 +33,7 @@ from loraswarm.errors import EngineError, StoreError
 from loraswarm.memory.host_cache import HostCache
 from loraswarm.memory.memory import Memory
 from loraswarm.memory.page_copier import PageCopier
+from loraswarm.models.decoder import Decoder
 
 MIN_TIMED_TOKENS = 64
 COMMAND_POLL_S = 0.05
@@ -107,6 +108,11 @@ class Engine:
         )
         self._upkeep.note_failures(parts.store_failures)
         self._upkeep.tick()
+
+    @property
+    def decoder(self) -> Decoder:
+        """The base, for whoever measures what its products cost; not to be changed."""
+        return self._runner.decoder
 
     @property
     def has_work(self) -> bool:

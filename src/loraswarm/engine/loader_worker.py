@@ -24,6 +24,7 @@ from loraswarm.adapters.printable import quoted
 from loraswarm.adapters.reading import read_adapter, read_adapter_info, stamped
 from loraswarm.adapters.scanner import Scanner
 from loraswarm.adapters.stores import Found, open_store
+from loraswarm.config import Quantize
 from loraswarm.core.base_shape import BaseShape
 from loraswarm.core.client import AdapterSummary
 from loraswarm.core.events import ErrorInfo
@@ -47,7 +48,7 @@ from loraswarm.errors import AdapterError, EngineError, LoRASwarmError, StoreErr
 from loraswarm.memory.geometry import PageGeometry
 from loraswarm.memory.image import AdapterImage, pack_adapter
 from loraswarm.memory.image_file import ImageFiles, image_signature
-from loraswarm.models.checkpoint_base import ConvertedBase
+from loraswarm.models.quantized.base import open_base
 
 MAX_READS = 3
 log = logging.getLogger(__name__)
@@ -57,9 +58,10 @@ log = logging.getLogger(__name__)
 class WorkerSpec:
     """What a worker is made of; plain data, so that it can be made in another process.
 
-    `dtype_name` is the base's dtype in the engine, e.g. "bfloat16". Images are kept in files of
-    `host_cache_dir`, if given, up to `host_cache_bytes`. Remote adapters are downloaded to
-    `download_dir`, by default the system's place for temporary files, and removed when read.
+    `dtype_name` is the base's dtype in the engine, e.g. "bfloat16", and `quantize` how its matrices
+    are kept there. Images are kept in files of `host_cache_dir`, if given, up to
+    `host_cache_bytes`. Remote adapters are downloaded to `download_dir`, by default the system's
+    place for temporary files, and removed when read.
     """
 
     roots: tuple[str, ...]
@@ -68,6 +70,7 @@ class WorkerSpec:
     dtype_name: str
     model_path: str
     model_name: str
+    quantize: Quantize | None = None
     host_cache_dir: str | None = None
     host_cache_bytes: int = 0
     download_dir: str | None = None
@@ -83,7 +86,7 @@ class LoadWorker:
         self._spec = spec
         self._dtype: torch.dtype = getattr(torch, spec.dtype_name)
         self._scanner = Scanner([open_store(root) for root in spec.roots])
-        self._base = ConvertedBase(Path(spec.model_path), spec.shape, self._dtype)
+        self._base = open_base(Path(spec.model_path), spec.shape, self._dtype, spec.quantize)
         self._files = _image_files(spec)
 
     def run(self, job: Job) -> Result | None:
@@ -309,7 +312,7 @@ def _host_memory(num_bytes: int) -> np.ndarray:
 def _image_files(spec: WorkerSpec) -> ImageFiles | None:
     if spec.host_cache_dir is None:
         return None
-    base = _base_identity(Path(spec.model_path))
+    base = f"{_base_identity(Path(spec.model_path))} {spec.quantize}"
     signature = image_signature(spec.shape, spec.geometry, spec.dtype_name, base)
     return ImageFiles(Path(spec.host_cache_dir), signature, spec.host_cache_bytes)
 

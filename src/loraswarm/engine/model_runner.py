@@ -23,7 +23,7 @@ class ModelRunner:
     """The base model, the page buffer and the tiles in it, on one device."""
 
     def __init__(self, decoder: Decoder, buffer: PageBuffer, tiles: TileStore) -> None:
-        self._decoder = decoder
+        self.decoder = decoder
         self._buffer = buffer
         self._tiles = tiles
 
@@ -39,4 +39,4 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, prepared: PreparedBatch) -> Tensor:
         """Logits [Z, V] float32 of the batch's logit rows; its tokens' K and V are now in pages."""
-        return self._decoder.forward(prepared.batch)
+        return self.decoder.forward(prepared.batch)

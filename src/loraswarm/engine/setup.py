@@ -22,6 +22,7 @@ from loraswarm.adapters.stores import open_store
 from loraswarm.config import Dtype, EngineConfig
 from loraswarm.core.base_shape import BaseShape
 from loraswarm.core.client import EngineInfo
+from loraswarm.core.cost_model import CostFigures
 from loraswarm.engine.engine import Engine, EngineParts
 from loraswarm.engine.loader import Loader, ThreadLoader
 from loraswarm.engine.loader_jobs import JobFailed, ScanDone, ScanJob
@@ -47,6 +48,8 @@ from loraswarm.models.decoder import Decoder
 from loraswarm.models.families import decoder_config
 from loraswarm.models.layers.backend import Backend
 from loraswarm.models.loader import checkpoint_dtype, load_decoder
+from loraswarm.models.quantization import Quantization, quantization_of, without_quantization
+from loraswarm.models.quantized.loading import load_quantized_decoder
 from loraswarm.models.source import eos_token_ids, read_config, resolve_model
 
 Report = Callable[[str], None]
@@ -75,41 +78,59 @@ def build_engine(
     """
     path = resolve_model(config.model)
     raw = read_config(path)
-    model_config = decoder_config(raw)
+    quantization = quantization_of(raw, config.quantize)
+    model_config = decoder_config(without_quantization(raw))
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else checkpoint_dtype(path, raw)
     for root in config.adapters:
         open_store(root)
     if config.host_cache_dir is not None:
         _make_directory(config.host_cache_dir)
     config = _resolve(config, dtype)
+    figures = None if config.cost_model is None else CostFigures.read(config.cost_model)
     spec = _worker_spec(config, path, model_config.shape())
     loader = _start_loader(spec, has_loader_process)
     try:
-        return _build(config, loader, path, model_config, report)
+        return _build(config, loader, Model(path, model_config, quantization, figures), report)
     except BaseException:
         loader.close()
         raise
 
 
-def _build(
-    config: EngineConfig, loader: Loader, path: Path, model_config: DecoderConfig, report: Report
-) -> Engine:
+class Model(NamedTuple):
+    """The base's directory, its sizes, how its matrices are kept as integers, if they are, and
+    what it was measured to cost, if it was."""
+
+    path: Path
+    config: DecoderConfig
+    quantization: Quantization | None
+    figures: CostFigures | None
+
+
+def _build(config: EngineConfig, loader: Loader, model: Model, report: Report) -> Engine:
+    path, model_config, quantization, figures = model
     dtype = getattr(torch, config.dtype)
     loader.submit(ScanJob(FIRST_SCAN))
     report(f"loading model={config.model_name} path={path} dtype={config.dtype}")
     backend = Backend(cpu, dtype, torch.device(config.device))
-    decoder = load_decoder(path, model_config, backend, report)
+    if quantization is None:
+        decoder = load_decoder(path, model_config, backend, report)
+    else:
+        decoder = load_quantized_decoder(path, model_config, backend, quantization, report)
     geometry = page_geometry(model_config.shape(), dtype.itemsize)
     config = _size_pool(config, geometry, model_config.max_position)
     cpu.warm_up(config.dtype, lambda line: report(f"kernel {line}"))
+    assert config.num_threads is not None
+    torch.set_num_threads(config.num_threads)  # Numba's first launch sets OpenMP's count anew
     info = _info(config, path, decoder, geometry)
     unknown = [token_id for token_id in eos_token_ids(path) if token_id >= info.vocab_size]
     if unknown:
         report(f"ignored end_token_ids={unknown} vocab_size={info.vocab_size}")
     report(_summary(config, info))
+    if figures is not None:
+        _report_differences(figures, config, info, report)
     catalog = Catalog(config.model_name)
     failures = _fill(catalog, loader, model_config.shape(), report)
-    return _assemble(config, info, Adapters(catalog, loader, failures), decoder, backend)
+    return _assemble(config, info, Adapters(catalog, loader, failures), decoder, backend, figures)
 
 
 def _make_directory(path: str) -> None:
@@ -131,6 +152,7 @@ def _worker_spec(config: EngineConfig, path: Path, shape: BaseShape) -> WorkerSp
         dtype_name=config.dtype,
         model_path=str(path),
         model_name=config.model_name,
+        quantize=config.quantize,
         host_cache_dir=config.host_cache_dir,
         host_cache_bytes=config.host_cache_bytes,
     )
@@ -185,6 +207,7 @@ def _assemble(
     adapters: Adapters,
     decoder: Decoder,
     backend: Backend,
+    figures: CostFigures | None,
 ) -> Engine:
     """Put the parts together."""
     catalog, loader, failures = adapters
@@ -196,7 +219,7 @@ def _assemble(
         raise ConfigError(
             f"this machine cannot give {config.pool_bytes:,} bytes for the page pool (--pool-bytes)"
         ) from error
-    costs = CostModel()
+    costs = CostModel(figures)
     host = HostCache(info.host_cache_bytes, EvictionOrder(config.eviction), costs)
     options = MemoryOptions(
         policy=config.eviction,
@@ -306,6 +329,21 @@ def _info(
         page_tokens=geometry.page_tokens,
         host_cache_bytes=config.host_cache_bytes,
     )
+
+
+def _report_differences(
+    figures: CostFigures, config: EngineConfig, info: EngineInfo, report: Report
+) -> None:
+    """Say in what this engine is other than the one that the cost model was measured with."""
+    here = {
+        "dtype": config.dtype,
+        "num_threads": config.num_threads,
+        "quantize": config.quantize,
+        "weight_bytes": info.weight_bytes,
+    }
+    for name, value in here.items():
+        if (measured := getattr(figures, name)) != value:
+            report(f"cost model of another engine: {name}={measured}, here {value}")
 
 
 def _summary(config: EngineConfig, info: EngineInfo) -> str:

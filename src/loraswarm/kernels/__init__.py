@@ -10,8 +10,9 @@ Q parts of a fused linear, H query heads, K kv heads, E head size, P pages, C to
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -89,6 +90,15 @@ class AttentionWork:
     max_context_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """Factors of the columns of every normalised head of q and of k, each [E]; eps as in a norm."""
+
+    q_weight_E: Tensor
+    k_weight_E: Tensor
+    eps: float
+
+
 class Kernels(Protocol):
     """What every backend offers. Semantics, shapes and errors: `kernels.reference`."""
 
@@ -110,6 +120,18 @@ class Kernels(Protocol):
         self, pages: Tensor, layer: int, k_TKE: Tensor, v_TKE: Tensor, slots_T: Tensor
     ) -> None: ...
 
+    def rotate_and_write_kv_(
+        self,
+        qkv_TNE: Tensor,
+        num_heads: int,
+        cos_T1E: Tensor,
+        sin_T1E: Tensor,
+        pages: Tensor,
+        layer: int,
+        slots_T: Tensor,
+        norms: HeadNorms | None = None,
+    ) -> None: ...
+
     def paged_attention(
         self,
         q_THE: Tensor,
@@ -119,6 +141,38 @@ class Kernels(Protocol):
         scale: float,
         window: int | None,
     ) -> Tensor: ...
+
+    def add_rms_norm_(
+        self,
+        x_TD: Tensor,
+        delta_TD: Tensor | None,
+        weight_D: Tensor | None,
+        eps: float,
+        rows_Z: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def silu_multiply(self, gate_up_TF2: Tensor) -> Tensor: ...
+
+    def pack_linear(self, weight_OI: Tensor) -> Any | None: ...
+
+    def linear(
+        self, x_TI: Tensor, weight: Any, bias_O: Tensor | None, is_float32: bool = False
+    ) -> Tensor: ...
+
+    def linear_shrink(
+        self,
+        x_TI: Tensor,
+        weight: Any,
+        bias_O: Tensor | None,
+        pool: Tensor,
+        tiles: TileTable,
+        first_site: int,
+        num_parts: int,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def recording(self) -> AbstractContextManager[None]: ...
+
+    def finish(self) -> None: ...
 
     def warm_up(self, dtype_name: str, report: Callable[[str], None]) -> None:
         """Compile every kernel for a dtype; `report` gets one line per stage."""

@@ -7,12 +7,15 @@ Legend: see kernels/__init__.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from loraswarm.kernels import MAX_TILE_RANKS, AttentionWork, TileTable
+from loraswarm.kernels import MAX_TILE_RANKS, AttentionWork, HeadNorms, TileTable
+from loraswarm.kernels.arguments import check_add_rms_norm, check_rotate, check_silu_multiply
 
 
 def lora_shrink(
@@ -105,6 +108,42 @@ def write_kv_(pages: Tensor, layer: int, k_TKE: Tensor, v_TKE: Tensor, slots_T: 
     pages[page_T, layer, 1, :, row_T] = v_TKE
 
 
+def rotate_and_write_kv_(
+    qkv_TNE: Tensor,
+    num_heads: int,
+    cos_T1E: Tensor,
+    sin_T1E: Tensor,
+    pages: Tensor,
+    layer: int,
+    slots_T: Tensor,
+    norms: HeadNorms | None = None,
+) -> None:
+    """Rotate q in place and k on its way into the pages; store k and v there.
+
+    Semantics    x * cos + swap(x) * sin for the heads x of q and k, swap exchanging the halves of a
+                 head. With `norms`, x is first divided by sqrt(mean(x ** 2) + eps) in float32, then
+                 multiplied by its weight. Then `write_kv_`.
+    Shapes       qkv [T, H + 2 K, E], contiguous: q, k, v; E even; cos, sin [T, 1, E], the sine of
+                 the first half negated; pages and slots as in `write_kv_`.
+    Numerics     rounds to the dtype after the division, after every product and after the sum.
+    Raises       ValueError naming the argument; nothing is written.
+    q is written; what is left in the place of k is undefined.
+    """
+    check_rotate(qkv_TNE, num_heads, (cos_T1E, sin_T1E), pages, slots_T, norms)
+    num_qk_heads = qkv_TNE.shape[1] - pages.shape[3]
+    qk_TNE = qkv_TNE[:, :num_qk_heads]
+    if norms is not None:
+        means_TN1 = qk_TNE.float().pow(2).mean(-1, keepdim=True)
+        qk_TNE = (qk_TNE.float() * (means_TN1 + norms.eps).rsqrt()).to(qk_TNE.dtype)
+        q_THE, k_TKE = qk_TNE.tensor_split((num_heads,), dim=1)
+        qk_TNE = torch.cat((q_THE * norms.q_weight_E, k_TKE * norms.k_weight_E), dim=1)
+    low_TNF, high_TNF = qk_TNE.chunk(2, dim=-1)
+    swapped_TNE = torch.cat((high_TNF, low_TNF), dim=-1)
+    qk_TNE = qk_TNE * cos_T1E + swapped_TNE * sin_T1E
+    qkv_TNE[:, :num_heads] = qk_TNE[:, :num_heads]
+    write_kv_(pages, layer, qk_TNE[:, num_heads:], qkv_TNE[:, num_qk_heads:], slots_T)
+
+
 def paged_attention(
     q_THE: Tensor,
     pages: Tensor,
@@ -145,6 +184,92 @@ def paged_attention(
         out_HTE = scores_HTC.softmax(dim=-1) @ v_HCE
         out_THE[begin:end] = out_HTE.transpose(0, 1).to(q_THE.dtype)
     return out_THE
+
+
+def add_rms_norm_(
+    x_TD: Tensor,
+    delta_TD: Tensor | None,
+    weight_D: Tensor | None,
+    eps: float,
+    rows_Z: Tensor | None = None,
+) -> Tensor:
+    """Add `delta` to `x`, in place, and scale the rows of the sum to a mean square of 1.
+
+    Semantics, for each row t, or with `rows_Z` for each of these alone:
+        x[t] += delta[t]
+        out = weight * (x[t] / sqrt(mean(x[t] ** 2) + eps))
+    An absent delta adds nothing, an absent weight multiplies by nothing.
+
+    Shapes    x [T, D] f16|bf16|f32, written; delta [T, D] and weight [D] of its dtype; rows [Z]
+              int64, ascending; returns [T, D], or [Z, D] in the order of `rows_Z`.
+    Numerics  in float32; rounded to x's dtype as sum, as quotient and as product.
+    Raises    ValueError naming the argument, for a wrong dtype, shape or row; x is unchanged.
+    """
+    check_add_rms_norm(x_TD, delta_TD, weight_D, rows_Z)
+    sum_ZD = x_TD if rows_Z is None else x_TD[rows_Z]
+    if delta_TD is not None:
+        sum_ZD += delta_TD if rows_Z is None else delta_TD[rows_Z]
+    if rows_Z is not None:
+        x_TD[rows_Z] = sum_ZD
+    normed_ZD = F.rms_norm(sum_ZD, sum_ZD.shape[-1:], None, eps)
+    return normed_ZD if weight_D is None else normed_ZD * weight_D
+
+
+def silu_multiply(gate_up_TF2: Tensor) -> Tensor:
+    """silu(gate) * up of each token.
+
+    Semantics    out[t, f] = z / (1 + exp(-z)) * gate_up[t, F + f]  with  z = gate_up[t, f].
+    Shapes       gate_up [T, 2 F] f16|bf16|f32; returns [T, F] of its dtype.
+    Numerics     in float32; rounded to the dtype as silu and as product.
+    Raises       ValueError naming the argument, for a wrong shape.
+    """
+    check_silu_multiply(gate_up_TF2)
+    gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
+    return F.silu(gate_TF) * up_TF
+
+
+def pack_linear(weight_OI: Tensor) -> None:
+    """The weight in the order that `linear` reads, or None: torch multiplies by it."""
+
+
+def linear(x_TI: Tensor, weight: Tensor, bias_O: Tensor | None, is_float32: bool = False) -> Tensor:
+    """The product with a weight that `pack_linear` has packed (here: [O, I] as it is), plus bias.
+
+    Shapes    x [T, I]; bias [O] of its dtype; returns [T, O] of it; float32 with `is_float32`.
+    Numerics  accumulated in float32; one rounding to x's dtype, with `is_float32` too.
+    Raises    ValueError naming the argument, for a wrong dtype or shape.
+    """
+    _require(
+        x_TI.dim() == 2 and x_TI.shape[1] == weight.shape[1],
+        f"x_TI is {tuple(x_TI.shape)}; it must be [T, {weight.shape[1]}]",
+    )
+    _require(x_TI.dtype == weight.dtype, f"x_TI is {x_TI.dtype}, the weight is {weight.dtype}")
+    y_TO = F.linear(x_TI, weight, bias_O)
+    return y_TO.float() if is_float32 else y_TO
+
+
+def linear_shrink(
+    x_TI: Tensor,
+    weight: Tensor,
+    bias_O: Tensor | None,
+    pool: Tensor,
+    tiles: TileTable,
+    first_site: int,
+    num_parts: int,
+) -> tuple[Tensor, Tensor]:
+    """`linear` and `lora_shrink` of the same x: y [T, O] and h [Q, T, R]."""
+    y_TO = linear(x_TI, weight, bias_O)
+    return y_TO, lora_shrink(x_TI, pool, tiles, first_site, num_parts)
+
+
+def recording() -> AbstractContextManager[None]:
+    """Between entering it and leaving it, or `finish`, what kernels return may not yet be computed,
+    and only kernels may read or write it. Here everything is computed at once."""
+    return nullcontext()
+
+
+def finish() -> None:
+    """Compute what has been recorded: nothing here."""
 
 
 def warm_up(dtype_name: str, report: Callable[[str], None]) -> None:

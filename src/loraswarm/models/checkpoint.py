@@ -1,18 +1,20 @@
 """Which tensors a safetensors checkpoint holds and in which of its files, from headers alone.
 
-Knows no decoder: names, shapes and dtypes only. Used by models/loader.
+Knows no decoder: names, shapes and dtypes only. Used by models/loader and models/quantized.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from loraswarm.errors import ConfigError
 
@@ -62,6 +64,45 @@ def open_tensors(file: Path) -> Iterator[Any]:
         raise ConfigError(f"{file} cannot be read as safetensors: {error}") from error
     with reader:
         yield reader
+
+
+class TensorFiles:
+    """Tensors of a checkpoint by name; a context manager.
+
+    Files are opened when first asked for and closed with the block; tensors are views of them.
+    """
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self._stored = stored
+        self._files = ExitStack()
+        self._readers: dict[Path, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; they are opened again if a tensor is asked for."""
+        self._readers.clear()
+        self._files.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the file's values. Raises ConfigError if the file cannot be read."""
+        file = self._stored[name].file
+        if file not in self._readers:
+            self._readers[file] = self._files.enter_context(open_tensors(file))
+        tensor: Tensor = self._readers[file].get_tensor(name)
+        return tensor
 
 
 def _indexed(index: Path) -> dict[str, StoredTensor]:

@@ -35,12 +35,15 @@ class DecoderLayer:
         self.post_norm = RMSNorm(backend, f"{path}.post_attention_layernorm", size, eps)
         self.mlp = MLP(backend, config, layer)
 
-    def forward_(self, x_TD: Tensor, rotation: Rotation, batch: Batch) -> None:
-        """Add this layer's updates to the residual stream, in place."""
-        normed_TD = self.input_norm.forward(x_TD, batch.overlays, batch.pool)
-        x_TD.add_(self.attention.forward(normed_TD, rotation, batch))
-        normed_TD = self.post_norm.forward(x_TD, batch.overlays, batch.pool)
-        x_TD.add_(self.mlp.forward(normed_TD, batch))
+    def forward_(
+        self, x_TD: Tensor, delta_TD: Tensor | None, rotation: Rotation, batch: Batch
+    ) -> Tensor:
+        """Add `delta` and what attention makes of it to the residual stream, in place; returns
+        what the feed-forward would add, [T, D]: the next norm does."""
+        normed_TD = self.input_norm.forward(x_TD, delta_TD, batch.overlays, batch.pool)
+        delta_TD = self.attention.forward(normed_TD, rotation, batch)
+        normed_TD = self.post_norm.forward(x_TD, delta_TD, batch.overlays, batch.pool)
+        return self.mlp.forward(normed_TD, batch)
 
     def linears(self) -> tuple[LoraLinear, ...]:
         """In the order of TARGETS, fused."""
@@ -62,6 +65,7 @@ class Decoder:
 
     def __init__(self, backend: Backend, config: DecoderConfig) -> None:
         self.config = config
+        self._kernels = backend.kernels
         self.embedding_VD = backend.allocate(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(backend, config, layer) for layer in range(config.num_layers)]
         self.norm = RMSNorm(backend, FINAL_NORM, config.hidden_size, config.rms_norm_eps)
@@ -73,8 +77,10 @@ class Decoder:
         self.embedding = Embedding(backend, shape, self.embedding_VD)
         self.head = LmHead(backend, shape, self.lm_head)
         self.rope = RopeTable(backend, config)
-        self._num_bytes = self.rope.table_LE.nbytes
-        self._num_bytes += sum(tensor.nbytes for _, tensor in self.weights())
+        self._has_own_head = not config.ties_embeddings
+        num_bytes = self.rope.table_LE.nbytes + sum(tensor.nbytes for _, tensor in self.weights())
+        own = self.matrices() if self._has_own_head else self.matrices()[:-1]
+        self._other_bytes = num_bytes - sum(weight.nbytes for weight in own)
         self._linears = {
             path: (linear, rows)
             for layer in self.layers
@@ -94,10 +100,14 @@ class Decoder:
         self._unpacked = None
         x_TD = self.embedding.forward(batch)
         rotation = self.rope.rotation(batch.positions)
-        for layer in self.layers:
-            layer.forward_(x_TD, rotation, batch)
-        last_ZD = self.norm.forward(x_TD[batch.logit_rows], batch.head_overlays, batch.pool)
-        return self.head.forward(last_ZD, batch)
+        with self._kernels.recording():
+            delta_TD = None
+            for layer in self.layers:
+                delta_TD = layer.forward_(x_TD, delta_TD, rotation, batch)
+            last_ZD = self.norm.forward(
+                x_TD, delta_TD, batch.head_overlays, batch.pool, batch.logit_rows
+            )
+            return self.head.forward(last_ZD, batch)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor a checkpoint must hold: its name there and where its values go.
@@ -117,6 +127,11 @@ class Decoder:
         linears = [linear for layer in self.layers for linear in layer.linears()]
         return [*(linear.weight for linear in linears), self.lm_head]
 
+    def replace_lm_head(self, weight: Weight) -> None:
+        """Multiply by `weight`, of other values than the embedding's, in the lm_head's place."""
+        self.lm_head = self.head.weight = weight
+        self._has_own_head = True
+
     def weight(self, path: str) -> Tensor:
         """The weight at `path`, a linear, the embedding or the lm_head, in the base's dtype.
 
@@ -126,7 +141,7 @@ class Decoder:
         unpacked is kept until another is asked for or a batch runs, so that the parts of one are
         best asked for one after the other.
         """
-        if path == EMBEDDING or (path == LM_HEAD and self.config.ties_embeddings):
+        if path == EMBEDDING or (path == LM_HEAD and not self._has_own_head):
             return self.embedding_VD
         if path == LM_HEAD:
             return self._rows(self.lm_head)
@@ -144,8 +159,10 @@ class Decoder:
 
     def num_bytes(self) -> int:
         """Bytes of all weights and of the rope table, shared tensors once."""
-        copies = self.config.ties_embeddings and self.lm_head.is_packed
-        return self._num_bytes + (self.embedding_VD.nbytes if copies else 0)
+        matrices = self.matrices()
+        if self.config.ties_embeddings and not self.lm_head.is_packed:
+            matrices.pop()  # it is the embedding
+        return self._other_bytes + sum(weight.nbytes for weight in matrices)
 
     def _rows(self, weight: Weight) -> Tensor:
         if self._unpacked is None or self._unpacked[0] is not weight:

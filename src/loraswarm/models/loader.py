@@ -2,7 +2,7 @@
 
 Checks names, shapes and dtypes of every tensor before the first is read. Each tensor is copied from
 the mapped file straight into its slice of the fused weight, so the peak is one copy of the weights.
-Called by engine/setup.
+Called by engine/setup; models/quantized/loading takes its checks for integers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def load_decoder(
     _fill(decoder, path, report)
     if can_pack(backend.dtype, backend.device):
         for weight in tqdm(decoder.matrices(), desc="packing", disable=None):
-            weight.pack_()
+            weight.pack_(backend.kernels)
     return decoder
 
 
@@ -80,20 +80,25 @@ def checkpoint_dtype(path: Path, config: Mapping[str, Any]) -> torch.dtype:
     return _named_dtype(name)
 
 
-def _fill(decoder: Decoder, path: Path, report: Report) -> None:
-    stored = {
+def stored_weights(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of the checkpoint that a decoder may have a place for, by name."""
+    return {
         name: tensor
         for name, tensor in stored_tensors(path).items()
         if not name.endswith("rotary_emb.inv_freq")
     }
+
+
+def _fill(decoder: Decoder, path: Path, report: Report) -> None:
+    stored = stored_weights(path)
     targets = dict(decoder.weights())
     is_tied = decoder.config.ties_embeddings
-    _check_names(path, stored.keys(), targets.keys(), is_tied)
+    check_names(path, stored.keys(), targets.keys(), is_tied)
     for name, target in targets.items():
-        _check_tensor(name, stored[name], target)
+        check_tensor(name, stored[name], target)
     if is_tied and LM_HEAD in stored:
-        _check_tied(stored)
-    _copy(stored, targets, report)
+        check_tied(stored)
+    copy_tensors(stored, targets, report)
 
 
 def _named_dtype(name: str) -> torch.dtype:
@@ -102,7 +107,8 @@ def _named_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _check_names(path: Path, stored: Set[str], expected: Set[str], ties_embeddings: bool) -> None:
+def check_names(path: Path, stored: Set[str], expected: Set[str], ties_embeddings: bool) -> None:
+    """Raise ConfigError for a name of one set that is not in the other; a tied lm_head may be."""
     missing = sorted(expected - stored)
     if missing:
         advice = ""
@@ -122,11 +128,12 @@ def _first_of(names: list[str]) -> str:
     return f"{names[0]!r}{others}"
 
 
-def _check_tensor(name: str, stored: StoredTensor, target: Tensor) -> None:
+def check_tensor(name: str, stored: StoredTensor, target: Tensor) -> None:
+    """Raise ConfigError unless `stored` holds floats of the shape of `target`."""
     if stored.dtype not in FLOAT_DTYPES:
         raise ConfigError(
             f"tensor {name!r} is {stored.dtype}; weights must be one of {', '.join(FLOAT_DTYPES)} "
-            "(quantized checkpoints are not served)"
+            "(integers are served where quantization_config in config.json says what they mean)"
         )
     if stored.shape != tuple(target.shape):
         raise ConfigError(
@@ -135,7 +142,8 @@ def _check_tensor(name: str, stored: StoredTensor, target: Tensor) -> None:
         )
 
 
-def _check_tied(stored: Mapping[str, StoredTensor]) -> None:
+def check_tied(stored: Mapping[str, StoredTensor]) -> None:
+    """Raise ConfigError unless the stored lm_head and embedding are equal."""
     with (
         open_tensors(stored[LM_HEAD].file) as head_reader,
         open_tensors(stored[EMBEDDING].file) as embedding_reader,
@@ -148,9 +156,10 @@ def _check_tied(stored: Mapping[str, StoredTensor]) -> None:
             )
 
 
-def _copy(
+def copy_tensors(
     stored: Mapping[str, StoredTensor], targets: Mapping[str, Tensor], report: Report
 ) -> None:
+    """Copy the tensors of these names to their targets, file by file, with a bar or lines."""
     names = sorted(targets, key=lambda name: stored[name].file)
     total = sum(target.nbytes for target in targets.values())
     with tqdm(desc="weights", total=total, unit="B", unit_scale=True, disable=None) as bar:
@@ -158,14 +167,15 @@ def _copy(
             num_bytes = 0
             with open_tensors(file) as reader:
                 for name in group:
-                    _copy_tensor(name, reader.get_tensor(name), targets[name])
+                    copy_tensor(name, reader.get_tensor(name), targets[name])
                     num_bytes += targets[name].nbytes
                     bar.update(targets[name].nbytes)
             if bar.disable:
                 report(f"loaded file={file.name} bytes={num_bytes} total_bytes={total}")
 
 
-def _copy_tensor(name: str, source: Tensor, target: Tensor) -> None:
+def copy_tensor(name: str, source: Tensor, target: Tensor) -> None:
+    """Copy and convert. Raises ConfigError for what float16 cannot hold."""
     target.copy_(source)
     if target.dtype == torch.float16 and not bool(target.isfinite().all()):
         raise ConfigError(

@@ -1,202 +1,178 @@
-"""The work of one attention call, cut into items for the threads.
+"""The work of attention, cut into items for the threads: once for all layers of a step.
 
-    rows of a unit (group 7)    t0h0 t0h1 ... t0h6 t1h0 ... | t4h4 ...      blocks of 32
-    keys of a block             |<- span 0: 256 ->|<- span 1 ->| ...        only if one block
+    unit    up to 60 query rows of one sequence at one kv head; row r of the sequence is
+            token r // group, head r % group
+    item    a unit, or a span of its keys if the sequence has few rows; whoever ends the last span
+            of a unit joins them, in the order of the keys
 
-Items depend on the batch alone, never on the number of threads. Knows nothing about how an item is
-computed. Called by kernels/cpu/attention.
+    rows (group 7)   t0h0 t0h1 ... t0h6 t1h0 ... | t8h4 ...
+    keys             |<- span 0: 256 ->|<- span 1 ->| ...
+
+Items depend on their own sequence alone, never on its neighbours or on the number of threads. Knows
+nothing about how an item is computed. Called by kernels/cpu/paged.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from loraswarm.kernels.cpu.jit import called
+from loraswarm.kernels import AttentionWork
 
-FEW_ROWS = 16
-MANY_ROWS = 32
 SPAN_KEYS = 256
+LONG_SPAN_KEYS = 1024
+FEW_ROWS = 16
+"""A unit of so many rows has short spans; joining those of more rows would take too long."""
+MANY_UNITS = 8
+"""A sequence with as many units at a kv head is not cut into spans."""
+ROWS_PER_UNIT = (60, 48, 32, 16)
+PANEL_KEYS = 32
+ROW_LANES = 16
+
+# words of an item
+PAGE_ROW, HEAD, FIRST_TOKEN, POSITION, FIRST_ROW, NUM_ROWS, FIRST_KEY, END_KEY = range(8)
+UNIT, SPAN, NUM_SPANS, PARTIAL, ITEM_WORDS = range(8, 13)
 
 
-class Queries(NamedTuple):
-    """q: head h of token t begins at `t * token_stride + h * head_stride`.
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a plan depends on beside the work. Tokens see the last `window` keys, or all if 0."""
 
-    Tokens see the last `window` keys, or all if it is 0.
-    """
-
-    q: Any
-    token_stride: int
-    head_stride: int
+    num_tokens: int
     num_heads: int
-    scale: float
+    num_kv_heads: int
+    head_size: int
+    num_pages: int
+    page_tokens: int
     window: int
 
 
-class Work(NamedTuple):
-    """The arrays of `AttentionWork`: [S + 1], [S] and [S, pages]."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The items, and what threads share while they run.
 
-    starts: Any
-    contexts: Any
-    page_table: Any
-
-
-class PagedKV(NamedTuple):
-    """One layer of the pages.
-
-    K of token c of a page, at kv head h, begins at
-    `start + page * page_stride + h * head_stride + c * token_stride`, V `value_offset` later.
+    `items` [items, ITEM_WORDS] int64. Span i of a unit with several leaves its state in
+    `partials[item[PARTIAL]]`; `num_done[unit]` counts those that have ended and is 0 between runs.
+    `page_table` [S, pages] int32 is contiguous. `num_products` is about how many multiply-adds.
     """
 
-    pages: Any
-    start: int
-    page_stride: int
-    value_offset: int
-    head_stride: int
-    token_stride: int
-    num_pages: int
-    num_heads: int
-    page_tokens: int
-    head_size: int
-
-
-class Plan(NamedTuple):
-    """The items of a call, and what the threads share while they run.
-
-    Unit u = sequence * kv heads + kv head has items `first_item[u] : first_item[u + 1]`. If they
-    are spans, span i leaves its state in `partials[first_partial[u] + i]`, else `first_partial[u]`
-    is -1. `num_done[u]` counts the spans that have ended.
-    """
-
-    first_item: Any
-    first_partial: Any
+    items: Any
     partials: Any
     num_done: Any
-    next_item: Any
+    page_table: Any
+    num_products: int
 
 
-class Item(NamedTuple):
-    """Rows `first_row : first_row + num_rows` of a unit against keys `first_key` to `last_key`.
-
-    The sequence's tokens in the batch begin at `first_token`, at `position` of the sequence.
-    `lanes` is the size of the vectors that hold one value per row: 16 or 32.
-    """
-
-    unit: int
-    sequence: int
-    head: int
-    group: int
-    first_token: int
-    position: int
-    span: int
-    first_row: int
-    num_rows: int
-    lanes: int
-    first_key: int
-    last_key: int
-
-
-@called
-def state_size(head_size: int) -> int:
-    """Elements of an item's running output, peaks and sums."""
-    return (padded(head_size) + 2) * MANY_ROWS
-
-
-@called
-def padded(size: int) -> int:
-    """`size` rounded up to what one step of a product makes."""
-    return (size + 7) // 8 * 8
-
-
-@called
-def count_items(work: Work, kv: PagedKV, num_tokens: int, num_heads: int, window: int) -> Any:
-    """`first_item`, `first_partial` and `partials` of a `Plan`.
-
-    Raises    ValueError where the work leads outside of the batch or of the pages.
-    """
-    group = num_heads // kv.num_heads
-    num_units = work.contexts.size * kv.num_heads
-    first_item = np.zeros(num_units + 1, np.int64)
-    first_partial = np.full(num_units, -1, np.int64)
-    num_partials = 0
-    for unit in range(num_units):
-        sequence = unit // kv.num_heads
-        if unit % kv.num_heads == 0:
-            _check_sequence(work, kv, sequence, num_tokens)
-        num_new = work.starts[sequence + 1] - work.starts[sequence]
-        num_items = (num_new * group + MANY_ROWS - 1) // MANY_ROWS
-        if num_items == 1:
-            first_key = _first_key(work.contexts[sequence] - num_new, window)
-            num_items = (work.contexts[sequence] - first_key + SPAN_KEYS - 1) // SPAN_KEYS
-            if num_items > 1:
-                first_partial[unit] = num_partials
-                num_partials += num_items
-        first_item[unit + 1] = first_item[unit] + num_items
-    partials = np.empty((num_partials, state_size(kv.head_size)), np.float32)
-    return first_item, first_partial, partials
-
-
-@called
-def new_counters(num_units: int) -> Any:
-    """`num_done` and `next_item` of a `Plan`."""
-    return np.zeros(num_units, np.int64), np.zeros(1, np.int64)
-
-
-@called
-def _first_key(position: int, window: int) -> int:
-    """The first key that a token at `position` sees."""
-    if window == 0:
-        return 0
-    return max(0, position - window + 1)
-
-
-@called
-def _check_sequence(work: Work, kv: PagedKV, sequence: int, num_tokens: int) -> None:
-    begin, end = work.starts[sequence], work.starts[sequence + 1]
-    context = work.contexts[sequence]
-    if begin < 0 or begin > end or end > num_tokens:
-        raise ValueError("work.query_starts must ascend from 0 to at most the number of tokens")
-    if context < end - begin:
-        raise ValueError("work.context_lens must count at least the tokens of the batch")
-    num_pages = (context + kv.page_tokens - 1) // kv.page_tokens
-    if num_pages > work.page_table.shape[1]:
-        raise ValueError("work.page_table has too few pages for work.context_lens")
-    for page in work.page_table[sequence, :num_pages]:
-        if page < 0 or page >= kv.num_pages:
-            raise ValueError("work.page_table names a page that does not exist")
-
-
-@called
-def find_item(number: int, work: Work, kv: PagedKV, plan: Plan, group: int, window: int) -> Item:
-    """The item with this number."""
-    unit: Any = np.searchsorted(plan.first_item, number, side="right") - 1
-    sequence, head = unit // kv.num_heads, unit % kv.num_heads
-    first_token: Any = np.int64(work.starts[sequence])
-    num_tokens = work.starts[sequence + 1] - first_token
-    position = work.contexts[sequence] - num_tokens
-    index = number - plan.first_item[unit]
-    span, first_row = 0, index * MANY_ROWS
-    if plan.first_partial[unit] >= 0:
-        span, first_row = index, 0
-    num_rows = min(num_tokens * group - first_row, MANY_ROWS)
-    lanes = FEW_ROWS if num_rows <= FEW_ROWS else MANY_ROWS
-    first_key = _first_key(position + first_row // group, window)
-    last_key = position + (first_row + num_rows - 1) // group
-    if plan.first_partial[unit] >= 0:
-        first_key += span * SPAN_KEYS
-        last_key = min(last_key, first_key + SPAN_KEYS - 1)
-    return Item(
-        unit,
-        sequence,
-        head,
-        group,
-        first_token,
-        position,
-        span,
-        first_row,
-        num_rows,
-        lanes,
-        first_key,
-        last_key,
+def make_plan(work: AttentionWork, shape: Shape, max_scratch_floats: int) -> Plan:
+    """Raises ValueError where the work leads outside of the batch or of the pages."""
+    starts = work.query_starts.numpy().astype(np.int64)
+    contexts = work.context_lens.numpy().astype(np.int64)
+    page_table = np.ascontiguousarray(work.page_table.numpy(), np.int32)
+    _check(starts, contexts, page_table, shape)
+    units, num_units = _units(starts, contexts, shape, _rows_per_unit(shape, max_scratch_floats))
+    items = _cut_into_spans(units, num_units)
+    num_rows = int(items[:, NUM_ROWS].max(initial=1))
+    num_keys = items[:, END_KEY] - items[:, FIRST_KEY]
+    num_partials = int((items[:, PARTIAL] >= 0).sum())
+    return Plan(
+        items=items,
+        partials=np.empty((num_partials, state_floats(num_rows, shape.head_size)), np.float32),
+        num_done=np.zeros(len(units) + 1, np.int64),
+        page_table=page_table,
+        num_products=int((items[:, NUM_ROWS] * num_keys).sum()) * 2 * shape.head_size,
     )
+
+
+def padded_width(head_size: int) -> int:
+    """Elements of a row in scratch memory: whole panels of 32 columns."""
+    return -(-head_size // PANEL_KEYS) * PANEL_KEYS
+
+
+def padded_rows(num_rows: int) -> int:
+    """Rows of scratch memory: whole vectors."""
+    return -(-num_rows // ROW_LANES) * ROW_LANES
+
+
+def state_floats(num_rows: int, head_size: int) -> int:
+    """Of a unit's output before division, its sums (a vector each) and its peaks."""
+    return padded_rows(num_rows) * (padded_width(head_size) + ROW_LANES + 1)
+
+
+def scratch_floats(num_rows: int, head_size: int) -> int:
+    """What an item of so many rows takes, see kernels/cpu/attention_rows."""
+    width = padded_width(head_size)
+    of_rows = padded_rows(num_rows) * (width + PANEL_KEYS + 4)
+    of_keys = 2 * PANEL_KEYS * width + 7 * PANEL_KEYS
+    return of_rows + of_keys + state_floats(num_rows, head_size) + ROW_LANES
+
+
+def _rows_per_unit(shape: Shape, max_scratch_floats: int) -> int:
+    for num_rows in ROWS_PER_UNIT:
+        if scratch_floats(num_rows, shape.head_size) <= max_scratch_floats:
+            return num_rows
+    raise ValueError(f"pages have heads of {shape.head_size} elements; the cpu kernels take fewer")
+
+
+def _check(starts: Any, contexts: Any, page_table: Any, shape: Shape) -> None:
+    num_new = np.diff(starts)
+    if starts[0] < 0 or (num_new < 0).any() or starts[-1] > shape.num_tokens:
+        raise ValueError("work.query_starts must ascend from 0 to at most the number of tokens")
+    if (contexts < num_new).any():
+        raise ValueError("work.context_lens must count at least the tokens of the batch")
+    num_pages = -(-contexts // shape.page_tokens)
+    if num_pages.max(initial=0) > page_table.shape[1]:
+        raise ValueError("work.page_table has too few pages for work.context_lens")
+    is_used = np.arange(page_table.shape[1]) < num_pages[:, None]
+    if (is_used & ((page_table < 0) | (page_table >= shape.num_pages))).any():
+        raise ValueError("work.page_table names a page that does not exist")
+
+
+def _units(starts: Any, contexts: Any, shape: Shape, max_rows: int) -> tuple[Any, Any]:
+    """Items with all their keys, and for each how many there are of its sequence and head."""
+    group = shape.num_heads // shape.num_kv_heads
+    num_new = np.diff(starts)
+    rows_of = num_new * group
+    blocks_of = -(-rows_of // max_rows)
+    rows_per_block = -(-rows_of // np.maximum(blocks_of, 1))
+    sequence = np.repeat(np.arange(len(num_new)), blocks_of)
+    block = np.arange(len(sequence)) - np.repeat(np.cumsum(blocks_of) - blocks_of, blocks_of)
+    position = (contexts - num_new)[sequence]
+    first_row = block * rows_per_block[sequence]
+    num_rows = np.minimum(rows_per_block[sequence], rows_of[sequence] - first_row)
+    first_key = np.zeros_like(position)
+    if shape.window > 0:
+        first_key = np.maximum(position + first_row // group - shape.window + 1, 0)
+    columns = {
+        PAGE_ROW: sequence,
+        FIRST_TOKEN: starts[:-1][sequence],
+        POSITION: position,
+        FIRST_ROW: first_row,
+        NUM_ROWS: num_rows,
+        FIRST_KEY: first_key,
+        END_KEY: position + (first_row + num_rows - 1) // group + 1,
+    }
+    units = np.zeros((len(sequence), shape.num_kv_heads, ITEM_WORDS), np.int64)
+    for word, values in columns.items():
+        units[:, :, word] = values[:, None]
+    units[:, :, HEAD] = np.arange(shape.num_kv_heads)
+    return units.reshape(-1, ITEM_WORDS), np.repeat(blocks_of[sequence], shape.num_kv_heads)
+
+
+def _cut_into_spans(units: Any, num_units: Any) -> Any:
+    """The items, those with the most work first."""
+    span_keys = np.where(units[:, NUM_ROWS] <= FEW_ROWS, SPAN_KEYS, LONG_SPAN_KEYS)
+    keys_of = units[:, END_KEY] - units[:, FIRST_KEY]
+    spans_of = np.where(num_units < MANY_UNITS, -(-keys_of // span_keys), 1)
+    unit = np.repeat(np.arange(len(units)), spans_of)
+    span = np.arange(len(unit)) - (np.cumsum(spans_of) - spans_of)[unit]
+    items, span_keys = units[unit], span_keys[unit]
+    items[:, UNIT], items[:, SPAN], items[:, NUM_SPANS] = unit, span, spans_of[unit]
+    is_span = items[:, NUM_SPANS] > 1
+    items[:, PARTIAL] = np.where(is_span, np.cumsum(is_span) - 1, -1)
+    items[:, FIRST_KEY] += span * span_keys
+    is_cut = span < items[:, NUM_SPANS] - 1
+    items[is_cut, END_KEY] = (items[:, FIRST_KEY] + span_keys)[is_cut]
+    work = items[:, NUM_ROWS] * (items[:, END_KEY] - items[:, FIRST_KEY])
+    return np.ascontiguousarray(items[np.argsort(-work, kind="stable")])

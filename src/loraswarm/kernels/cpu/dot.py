@@ -1,4 +1,4 @@
-"""The innermost product of bfloat16 matrices: up to 12 rows of x with 32 columns of a packed weight.
+"""The innermost product of bfloat16 matrices: up to 12 rows of x with 32 columns of a weight.
 
 Uses the CPU's instruction for sums of two bfloat16 products (AVX512-BF16); `HAS_DOT` says whether
 it is there. Weights come in panels, in the order in which they are used:

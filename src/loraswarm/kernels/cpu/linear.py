@@ -2,13 +2,12 @@
 
 A weight is packed once into panels of 32 columns (kernels/cpu/dot); packing changes no bits. An
 item of the operation is some panels for some rows. Called by kernels/cpu/operations and, to record
-an operation, by kernels/cpu/queued.
+an operation, by kernels/cpu/products.
 Legend: T tokens, I in features, O out features.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,27 +24,58 @@ from loraswarm.kernels.cpu.vectors import (
     store_up_to,
     zeros,
 )
+from loraswarm.kernels.huge_pages import empty_in_huge_pages
 
 LANES = 16
 ROWS_PER_ITEM = 192
 ITEM_PRODUCTS = 1 << 21
-"""About 10 microseconds of one core: enough to hide the taking of an item."""
+ITEM_BYTES = 1 << 18
+"""About 10 microseconds of one core, bound by arithmetic or by memory: enough to hide the taking of
+an item, little enough that threads end together."""
 SUMS = MAX_ROWS * PANEL_COLUMNS
 
 
-@dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A weight [O, I] in panels; `panels` is flat, of the weight's dtype, padded with zeros."""
 
-    panels: Tensor
-    out_features: int
-    in_features: int
+    __slots__ = ("_plans", "address", "in_features", "num_panels", "out_features", "panels")
+
+    def __init__(self, panels: Tensor, out_features: int, in_features: int) -> None:
+        self.panels = panels
+        self.address = panels.data_ptr()
+        self.num_panels = panels.numel() // (PANEL_COLUMNS * in_features)
+        self.out_features = out_features
+        self.in_features = in_features
+        self._plans: dict[int, tuple[int, tuple[int, int, int]]] = {}
 
     def unpack(self) -> Tensor:
         """[O, I] in row order: a copy of the same bits."""
         panels = self.panels.view(-1, self.in_features // 2, PANEL_COLUMNS, 2)
         rows = panels.permute(0, 2, 1, 3).reshape(-1, self.in_features)
         return rows[: self.out_features]
+
+    def plan(self, num_tokens: int) -> tuple[int, tuple[int, int, int]]:
+        """How many items a product with so many rows has, and (panels an item, groups of panels,
+        rows an item)."""
+        plan = self._plans.get(num_tokens)
+        if plan is None:
+            plan = self._plans[num_tokens] = self._make_plan(num_tokens)
+        return plan
+
+    def _make_plan(self, num_tokens: int) -> tuple[int, tuple[int, int, int]]:
+        num_chunks = -(-num_tokens // ROWS_PER_ITEM)
+        rows_per_item = -(-num_tokens // max(num_chunks, 1))
+        panel_elements = PANEL_COLUMNS * self.in_features
+        panels_per_item = max(
+            1,
+            min(
+                ITEM_PRODUCTS // (max(rows_per_item, 1) * panel_elements),
+                ITEM_BYTES // (self.panels.itemsize * panel_elements),
+                self.num_panels // 16,
+            ),
+        )
+        num_groups = -(-self.num_panels // panels_per_item)
+        return num_groups * num_chunks, (panels_per_item, num_groups, rows_per_item)
 
 
 def can_pack(dtype: torch.dtype, in_features: int) -> bool:
@@ -56,13 +86,19 @@ def can_pack(dtype: torch.dtype, in_features: int) -> bool:
 def pack(weight_OI: Tensor) -> PackedWeight:
     """The weight in panels; `can_pack` must hold."""
     out_features, in_features = weight_OI.shape
-    num_panels = -(-out_features // PANEL_COLUMNS)
-    padded = weight_OI
-    if out_features % PANEL_COLUMNS:
-        padded = weight_OI.new_zeros(num_panels * PANEL_COLUMNS, in_features)
-        padded[:out_features] = weight_OI
-    pairs = padded.view(num_panels, PANEL_COLUMNS, in_features // 2, 2).permute(0, 2, 1, 3)
-    return PackedWeight(pairs.contiguous().view(-1), out_features, in_features)
+    num_panels, rest = divmod(out_features, PANEL_COLUMNS)
+    sizes = (num_panels + (rest > 0), in_features // 2, PANEL_COLUMNS, 2)
+    panels = empty_in_huge_pages(sizes, weight_OI.dtype)
+    whole, tail = weight_OI[: out_features - rest], weight_OI[out_features - rest :]
+    panels[:num_panels] = whole.view(-1, PANEL_COLUMNS, *sizes[1::2]).permute(0, 2, 1, 3)
+    if rest > 0:
+        panels[num_panels, :, :rest] = tail.view(rest, *sizes[1::2]).permute(1, 0, 2)
+    return PackedWeight(panels.view(-1), out_features, in_features)
+
+
+def pack_linear(weight_OI: Tensor) -> PackedWeight | None:
+    """See `kernels.reference.pack_linear`."""
+    return pack(weight_OI) if can_pack(weight_OI.dtype, weight_OI.shape[1]) else None
 
 
 def linear_arguments(
@@ -72,28 +108,21 @@ def linear_arguments(
 
     `y_TO` is written: bfloat16, or float32 with values that are rounded to bfloat16.
     """
-    num_tokens, in_features = x_TI.shape
-    num_panels = weight.panels.numel() // (PANEL_COLUMNS * in_features)
-    num_chunks = -(-num_tokens // ROWS_PER_ITEM)
-    rows_per_item = -(-num_tokens // max(num_chunks, 1))
-    panel_products = max(rows_per_item * PANEL_COLUMNS * in_features, 1)
-    panels_per_item = max(1, min(ITEM_PRODUCTS // panel_products, num_panels // 16))
-    num_groups = -(-num_panels // panels_per_item)
-    return num_groups * num_chunks, (
+    num_tokens = x_TI.shape[0]
+    num_items, cut = weight.plan(num_tokens)
+    return num_items, (
         x_TI.data_ptr(),
         x_TI.stride(0),
         num_tokens,
-        in_features // 2,
-        weight.panels.data_ptr(),
-        num_panels,
+        weight.in_features // 2,
+        weight.address,
+        weight.num_panels,
         weight.out_features,
         bias_O.data_ptr() if bias_O is not None else 0,
         y_TO.data_ptr(),
         y_TO.stride(0),
         y_TO.dtype == torch.float32,
-        panels_per_item,
-        num_groups,
-        rows_per_item,
+        *cut,
     )
 
 

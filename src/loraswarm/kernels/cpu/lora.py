@@ -1,63 +1,79 @@
-"""LoRA on the CPU: each segment takes the path that measures faster for its length.
+"""Records the low-rank updates: shrink, shrink beside the base's product, and expand.
 
-Short segments run in Numba kernels, long ones as matrix products in torch; where one begins to win
-is measured at start, per dtype. Called through kernels/cpu.
+Checks what the caller gives against the tile table; an item checks nothing any more. Called through
+kernels/cpu.
 """
 
 from __future__ import annotations
 
-import sys
-from itertools import pairwise
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from loraswarm.kernels import MAX_TILE_RANKS, TileTable, reference
-from loraswarm.kernels.cpu.arrays import bits, flat_bits
-from loraswarm.kernels.cpu.expand import Rows, expand
-from loraswarm.kernels.cpu.jit import threads
-from loraswarm.kernels.cpu.prefill import expand_long_, shrink_long
-from loraswarm.kernels.cpu.shrink import shrink
-from loraswarm.kernels.cpu.table import last_table
-from loraswarm.kernels.cpu.tiles import Limits
-
+from loraswarm.kernels import TileTable, reference
+from loraswarm.kernels.cpu.linear import PackedWeight, linear_arguments
+from loraswarm.kernels.cpu.operations import EXPAND, LINEAR_SHRINK, SHRINK
+from loraswarm.kernels.cpu.program import programs
+from loraswarm.kernels.cpu.table import TablePlan, Work, last_plan
 
 class Crossover:
-    """The longest segment, in tokens, that the Numba kernels take; kept per dtype."""
+    """Stub."""
 
     def __init__(self) -> None:
         self._max_tokens: dict[torch.dtype, int] = {}
 
     def max_tokens(self, dtype: torch.dtype) -> int:
-        """What was set; every segment, where nothing was."""
-        return self._max_tokens.get(dtype, sys.maxsize)
+        return self._max_tokens.get(dtype, 1 << 60)
 
     def set_max_tokens(self, dtype: torch.dtype, max_tokens: int) -> None:
-        """Segments of more tokens than this run in torch."""
         self._max_tokens[dtype] = max_tokens
 
 
 crossover = Crossover()
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def lora_shrink(
     x_TI: Tensor, pool: Tensor, tiles: TileTable, first_site: int, num_parts: int
 ) -> Tensor:
     """See `kernels.reference.lora_shrink`."""
-    reference.check_shrink(x_TI, pool, tiles)
-    reference.check_sites(tiles, first_site, num_parts)
-    num_tokens, in_features = x_TI.shape
-    num_columns = MAX_TILE_RANKS * tiles.part_tiles(first_site, num_parts)
-    h_QTR = torch.empty(num_parts, num_tokens, num_columns, dtype=torch.float32)
-    if h_QTR.numel() == 0:
-        return h_QTR
-    widths = (in_features,) * num_parts
-    arrays = last_table.arrays(tiles).a_tiles(bits("pool", pool), first_site, widths)
-    max_tokens = crossover.max_tokens(x_TI.dtype)
-    limits = Limits(max_tokens, threads.wake(_num_products(tiles, h_QTR, in_features)))
-    shrink(bits("x_TI", x_TI), h_QTR.numpy(), arrays, limits)
-    if num_tokens > max_tokens:
-        shrink_long(x_TI, h_QTR, pool, tiles, first_site, max_tokens)
+    plan, work = _shrink_work(x_TI, pool, tiles, first_site, num_parts)
+    h_QTR = programs.buffer((num_parts, work.num_tokens, work.num_columns), torch.float32)
+    if work.num_items > 0:
+        num_products = h_QTR.numel() * x_TI.shape[1]
+        arguments = _shrink_arguments(x_TI, h_QTR, pool, work)
+        programs.add(SHRINK, work.num_items, arguments, x_TI.dtype, num_products)
+        _keep(plan)
+    return h_QTR
+
+
+def linear_shrink(
+    x_TI: Tensor,
+    weight: PackedWeight,
+    bias_O: Tensor | None,
+    y_TO: Tensor,
+    pool: Tensor,
+    tiles: TileTable,
+    first_site: int,
+    num_parts: int,
+) -> Tensor:
+    """y = x Wᵀ + bias into `y_TO`, and `lora_shrink` of the same x, whose h it returns.
+
+    One operation: some threads wait for the matrices of adapters while others multiply.
+    """
+    plan, work = _shrink_work(x_TI, pool, tiles, first_site, num_parts)
+    h_QTR = programs.buffer((num_parts, work.num_tokens, work.num_columns), torch.float32)
+    num_linears, linear = linear_arguments(x_TI, weight, bias_O, y_TO)
+    shrink = _shrink_arguments(x_TI, h_QTR, pool, work)
+    programs.add(
+        LINEAR_SHRINK,
+        num_linears + work.num_items,
+        (*shrink, num_linears, work.num_items, *linear),
+        x_TI.dtype,
+        work.num_tokens * weight.panels.numel() + h_QTR.numel() * x_TI.shape[1],
+    )
+    _keep(plan)
     return h_QTR
 
 
@@ -70,24 +86,106 @@ def lora_expand_(
     out_bounds: tuple[int, ...],
 ) -> None:
     """See `kernels.reference.lora_expand_`."""
-    reference.check_expand(y_TO, h_QTR, pool, tiles, out_bounds)
-    reference.check_sites(tiles, first_site, len(out_bounds) - 1)
-    if y_TO.numel() == 0 or not tiles.changes(first_site, len(out_bounds) - 1):
+    if not _fits_expand(y_TO, h_QTR, pool, out_bounds):
+        reference.check_expand(y_TO, h_QTR, pool, tiles, out_bounds)
+        _check_memory("y_TO", y_TO)
+    if y_TO.numel() == 0:
         return
-    widths = tuple(high - low for low, high in pairwise(out_bounds))
-    table = last_table.arrays(tiles)
-    arrays = table.bt_tiles(bits("pool", pool), first_site, widths)
-    vectors = table.vectors(first_site, len(widths))
-    max_tokens = crossover.max_tokens(y_TO.dtype)
-    limits = Limits(max_tokens, threads.wake(_num_products(tiles, h_QTR, y_TO.shape[1])))
-    y_rows = Rows(flat_bits("y_TO", y_TO), y_TO.stride(0))
-    expand(y_rows, h_QTR.numpy(), arrays, vectors, limits)
-    if y_TO.shape[0] > max_tokens:
-        expand_long_(y_TO, h_QTR, pool, tiles, (first_site, out_bounds), max_tokens)
+    plan = last_plan.of(tiles, pool)
+    work = plan.expand_work(first_site, out_bounds)
+    _check_tokens(work, y_TO)
+    if h_QTR.shape[2] < work.num_columns:
+        raise ValueError("h_QTR has fewer columns than tiles.ranges needs")
+    if work.num_items == 0:
+        return
+    arguments = (
+        y_TO.data_ptr(),
+        y_TO.stride(0),
+        work.num_tokens,
+        h_QTR.data_ptr(),
+        h_QTR.shape[2],
+        pool.data_ptr(),
+        *work.arguments,
+    )
+    num_products = y_TO.numel() * h_QTR.shape[2]
+    programs.add(EXPAND, work.num_items, arguments, y_TO.dtype, num_products)
+    _keep(plan)
 
 
-def _num_products(tiles: TileTable, h_QTR: Tensor, width: int) -> int:
-    """About how many numbers of the pool are multiplied; four tokens cost about as much as one."""
-    num_parts, num_tokens, num_columns = h_QTR.shape
-    num_segments = tiles.ranges.shape[1]
-    return num_parts * max(num_columns, 1) * width * max(num_segments, num_tokens // 4)
+def _shrink_work(
+    x_TI: Tensor, pool: Tensor, tiles: TileTable, first_site: int, num_parts: int
+) -> tuple[TablePlan, Work]:
+    dtype = x_TI.dtype
+    if not (
+        x_TI.dim() == 2
+        and x_TI.is_contiguous()
+        and _is_flat(pool, dtype)
+        and dtype in _DTYPES
+        and x_TI.is_cpu
+    ):
+        reference.check_shrink(x_TI, pool, tiles)
+        _check_memory("x_TI", x_TI)
+    plan = last_plan.of(tiles, pool)
+    work = plan.shrink_work(first_site, num_parts, x_TI.shape[1])
+    _check_tokens(work, x_TI)
+    return plan, work
+
+
+def _shrink_arguments(x_TI: Tensor, h_QTR: Tensor, pool: Tensor, work: Work) -> tuple[int, ...]:
+    return (
+        x_TI.data_ptr(),
+        x_TI.shape[1],
+        work.num_tokens,
+        h_QTR.data_ptr(),
+        work.num_columns,
+        pool.data_ptr(),
+        *work.arguments[:4],
+    )
+
+
+def _keep(plan: TablePlan) -> None:
+    """Keep alive what the operation just recorded reads of the plan."""
+    if programs.is_recording:
+        programs.hold(plan)
+
+
+def _is_flat(pool: Tensor, dtype: torch.dtype) -> bool:
+    return pool.dtype == dtype and pool.dim() == 1 and pool.is_contiguous()
+
+
+def _fits_expand(y_TO: Tensor, h_QTR: Tensor, pool: Tensor, out_bounds: tuple[int, ...]) -> bool:
+    """Whether all checks of the tensors find nothing; those of the table are its plan's."""
+    return (
+        y_TO.dim() == 2
+        and y_TO.stride(1) == 1
+        and _is_flat(pool, y_TO.dtype)
+        and y_TO.dtype in _DTYPES
+        and y_TO.is_cpu
+        and h_QTR.dtype == torch.float32
+        and h_QTR.dim() == 3
+        and h_QTR.is_contiguous()
+        and h_QTR.shape[0] == len(out_bounds) - 1
+        and h_QTR.shape[1] == y_TO.shape[0]
+        and out_bounds[0] == 0
+        and out_bounds[-1] == y_TO.shape[1]
+        and _ascends(out_bounds)
+    )
+
+
+@cache
+def _ascends(bounds: tuple[int, ...]) -> bool:
+    return list(bounds) == sorted(bounds)
+
+
+def _check_tokens(work: Work, rows: Tensor) -> None:
+    if rows.shape[0] != work.num_tokens:
+        raise ValueError("tiles.segments must go from 0 to the number of tokens")
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    """Raise ValueError naming the tensor if it is not on the CPU or not one of the float types."""
+    if tensor.dtype not in _DTYPES:
+        names = ", ".join(str(dtype) for dtype in _DTYPES)
+        raise ValueError(f"{name} is {tensor.dtype}; the cpu kernels take {names}")
+    if not tensor.is_cpu:
+        raise ValueError(f"{name} is on {tensor.device}; the cpu kernels need it on the cpu")

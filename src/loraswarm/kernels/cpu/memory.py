@@ -77,6 +77,19 @@ def read_atomically(context: Any, memory: Any, index: Any) -> Any:
 
 
 @intrinsic
+def read_clock(context: Any) -> Any:
+    """A number that grows at a steady rate; 0 where the CPU lets programs read none."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.IntType(64), []), "llvm.readcyclecounter"
+        )
+        return builder.call(function, [])
+
+    return types.int64(), generate
+
+
+@intrinsic
 def yield_thread(context: Any) -> Any:
     """Let another thread of the machine run."""
 

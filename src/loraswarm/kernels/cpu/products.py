@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loraswarm.kernels import TileTable
+from loraswarm.kernels.cpu import lora
 from loraswarm.kernels.cpu.linear import PackedWeight, linear_arguments
 from loraswarm.kernels.cpu.operations import LINEAR
 from loraswarm.kernels.cpu.program import programs
@@ -21,6 +23,22 @@ def linear(
     num_products = x_TI.shape[0] * weight.panels.numel()
     programs.add(LINEAR, num_items, arguments, x_TI.dtype, num_products)
     return y_TO
+
+
+def linear_shrink(
+    x_TI: Tensor,
+    weight: PackedWeight,
+    bias_O: Tensor | None,
+    pool: Tensor,
+    tiles: TileTable,
+    first_site: int,
+    num_parts: int,
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.reference.linear_shrink`."""
+    check_linear(x_TI, weight, bias_O)
+    y_TO = programs.buffer((x_TI.shape[0], weight.out_features), x_TI.dtype)
+    h_QTR = lora.linear_shrink(x_TI, weight, bias_O, y_TO, pool, tiles, first_site, num_parts)
+    return y_TO, h_QTR
 
 
 def check_linear(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None) -> None:

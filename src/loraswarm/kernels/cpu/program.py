@@ -7,7 +7,7 @@ its threads are woken once.
 
     with programs.recording():
         h = kernels.linear(x, w)          noted; h is memory that holds nothing yet
-        y = kernels.silu_multiply(h)      noted; h may be forgotten: what runs later may overwrite it
+        y = kernels.silu_multiply(h)      noted; h may be forgotten: later ones may overwrite it
     y is computed
 
 Operations run in the order of recording, so memory that nobody holds any more is given to the next
@@ -17,9 +17,12 @@ that asks: `buffer` reuses it. A thread has its own program.
 from __future__ import annotations
 
 import threading
+import time
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -32,6 +35,7 @@ from loraswarm.kernels.cpu.jit import threads
 
 SCRATCH_FLOATS = 1 << 16
 NOBODY_ELSE = 2  # references to a block: its tensor here and the storage beside it
+_NO_CLOCK = np.zeros(0, np.int64)
 _PADDING = tuple([0] * WORDS)
 _LIKE = {
     torch.float32: np.zeros(1, np.float32),
@@ -52,6 +56,7 @@ class Program(threading.local):
         self._held: list[Any] = []
         self._scratch = np.zeros((0, SCRATCH_FLOATS), np.float32)
         self._buffers = Buffers()
+        self.profile: Profile | None = None
 
     @property
     def is_recording(self) -> bool:
@@ -116,12 +121,15 @@ class Program(threading.local):
             return
         words = np.frombuffer(self._words, np.int64).reshape(self._num_operations, WORDS)
         counters = np.zeros((self._num_operations, COUNTER_WORDS), np.int64)
+        clock = _NO_CLOCK if self.profile is None else np.zeros(len(words) + 1, np.int64)
         num_threads = threads.wake(self._num_products)
         if self._scratch.shape[0] < num_threads:
             self._scratch = np.zeros((num_threads, SCRATCH_FLOATS), np.float32)
         assert self._dtype is not None
         try:
-            execute(words, counters, self._scratch, _LIKE[self._dtype], num_threads)
+            execute(words, counters, clock, self._scratch, _LIKE[self._dtype], num_threads)
+            if self.profile is not None:
+                self.profile.saw(words[:, 0], clock)
         finally:
             del words
             self._forget()
@@ -133,23 +141,55 @@ class Program(threading.local):
         self._held.clear()
 
 
+class Profile:
+    """Where the time of programs goes: set as `programs.profile`, it sees every one that runs.
+
+    Seconds by kind of operation. What is between two programs is not in it.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: Counter[int] = Counter()
+        self.counts: Counter[int] = Counter()
+        self.num_programs = 0
+        self._began = time.perf_counter_ns()
+        self._began_clock: int | None = None
+
+    def saw(self, kinds: Any, clock: Any) -> None:
+        """A program of operations of these kinds ran; `clock` as kernels/cpu/execute has it."""
+        self.num_programs += 1
+        now, now_clock = time.perf_counter_ns(), int(clock[-1])
+        if self._began_clock is None:
+            self._began, self._began_clock = now, now_clock
+            return
+        ns_per_tick = (now - self._began) / max(now_clock - self._began_clock, 1)
+        for kind, ticks in zip(kinds.tolist(), np.diff(clock).tolist(), strict=True):
+            self.seconds[kind] += ticks * ns_per_tick * 1e-9
+            self.counts[kind] += 1
+
+
 class Buffers:
     """Memory of recorded operations, given out again when no tensor refers to it."""
 
     def __init__(self) -> None:
-        self._blocks: dict[int, list[tuple[Tensor, Any]]] = {}
+        self._blocks: dict[tuple[int, torch.dtype], list[tuple[Tensor, Any]]] = {}
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of this shape whose memory nobody else has; in blocks of powers of two."""
-        num_bytes = prod(shape) * dtype.itemsize
-        size_class = max(num_bytes - 1, 63).bit_length()
-        blocks = self._blocks.setdefault(size_class, [])
+        num_elements = prod(shape)
+        size_class = max(num_elements, 64).bit_length()
+        blocks = self._blocks.setdefault((size_class, dtype), [])
         for block, storage in blocks:
             if torch._C._storage_Use_Count(storage._cdata) == NOBODY_ELSE:
-                return block[:num_bytes].view(dtype).view(shape)
-        block = torch.empty(1 << size_class, dtype=torch.uint8)
-        blocks.append((block, block.untyped_storage()))
-        return block[:num_bytes].view(dtype).view(shape)
+                return torch.as_strided(block, shape, _strides(shape))
+        new = torch.empty(1 << size_class, dtype=dtype)
+        blocks.append((new, new.untyped_storage()))
+        return torch.as_strided(new, shape, _strides(shape))
+
+
+@cache
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 programs = Program()

@@ -1,33 +1,44 @@
-"""The shrink kernel: each row of A is read once for all tokens of its segment.
+"""The shrink operation: each row of A is read once for some tokens of its segment.
 
-Four rows and four tokens share each load. Called by kernels/cpu/lora only.
+Four rows and four tokens share each load. An item is run by kernels/cpu/operations; kernels/cpu/lora
+records it.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-from numba import prange
-
 from loraswarm.kernels import MAX_TILE_RANKS
-from loraswarm.kernels.cpu.jit import add_atomically, called, inlined, kernel
-from loraswarm.kernels.cpu.tiles import (
-    Limits,
-    TileArrays,
-    ceil_divide,
-    check_tiles,
-    find_item,
-    first_items,
+from loraswarm.kernels.cpu.jit import called, inlined
+from loraswarm.kernels.cpu.memory import float_at, int32_at, int64_at, memory_at, moved
+from loraswarm.kernels.cpu.terms import (
+    LANES,
+    add_products,
+    load_terms,
+    load_terms_part,
+    num_terms,
+    prefetch,
+    totals16,
+    whole_lines,
 )
-from loraswarm.kernels.cpu.vectors import load, load_part, memory_of, multiply_add, total, zeros
+from loraswarm.kernels.cpu.tiles import (
+    A_OFFSET,
+    A_STRIDE,
+    RANKS,
+    ceil_divide,
+    find_item,
+    rows_per_piece,
+)
+from loraswarm.kernels.cpu.vectors import load, store, total, zeros
 
-LANES = 16
-PIECE_ROWS = 4
+GROUP = 4
+AHEAD_ELEMENTS = 512
+CHUNK_ELEMENTS = 2048
+NUM_ARGUMENTS = 10
 
 
 class Block(NamedTuple):
-    """Bare pointers to up to 4 rows of A, to rows of x for some tokens, and to where h goes.
+    """Bare pointers to rows of one A, to rows of x for some tokens, and to where h goes.
 
     Rows of x follow each other after `width` elements, those of A and h after their strides.
     """
@@ -42,80 +53,108 @@ class Block(NamedTuple):
     num_tokens: int
 
 
-@kernel
-def shrink(x_TI: Any, h_QTR: Any, tiles: TileArrays, limits: Limits) -> None:
-    """`kernels.reference.lora_shrink` into `h_QTR`, for the segments within `limits`."""
-    first_item, next_item = _count_items(h_QTR, tiles, limits)
-    for _ in prange(limits.num_threads):
-        _shrink_items(x_TI, h_QTR, tiles, first_item, next_item)
+@called
+def shrink_item(arguments: Any, item: int, scratch: Any, like: Any) -> None:
+    """Some rows of one A for some tokens; the arguments are those that kernels/cpu/lora makes."""
+    width, num_tokens, num_columns = arguments[1], arguments[2], arguments[4]
+    words, first_item = int64_at(arguments[6]), int64_at(arguments[7])
+    found = find_item(item, words, first_item, arguments[8], arguments[9])
+    ranks = int32_at(words[RANKS])
+    piece_rows = rows_per_piece(width)
+    tile, row = found.first_tile, found.piece * piece_rows
+    tile_rows = ceil_divide(ranks[tile], piece_rows) * piece_rows
+    while row >= tile_rows:
+        row -= tile_rows
+        tile += 1
+        tile_rows = ceil_divide(ranks[tile], piece_rows) * piece_rows
+    stride = int64_at(words[A_STRIDE])[tile]
+    column = (tile - found.first_tile) * MAX_TILE_RANKS + row
+    h_row = found.part * num_tokens + found.first_token
+    block = Block(
+        moved(memory_at(like, arguments[0]), found.first_token * width),
+        moved(memory_at(like, arguments[5]), int64_at(words[A_OFFSET])[tile] + row * stride),
+        stride,
+        moved(float_at(arguments[3]), h_row * num_columns + column),
+        num_columns,
+        width,
+        min(ranks[tile] - row, piece_rows),
+        found.num_tokens,
+    )
+    _shrink_rows(block, whole_lines(scratch))
 
 
 @called
-def _count_items(h_QTR: Any, tiles: TileArrays, limits: Limits) -> Any:
-    check_tiles(tiles, h_QTR)
-    num_parts, num_segments = tiles.ranges.shape[:2]
-    pieces_U = np.zeros(num_parts * num_segments, np.int64)
-    for unit in range(pieces_U.size):
-        part, segment = divmod(unit, num_segments)
-        for tile in range(tiles.ranges[part, segment, 0], tiles.ranges[part, segment, 1]):
-            pieces_U[unit] += ceil_divide(tiles.ranks[tile], PIECE_ROWS)
-    return first_items(tiles, pieces_U, limits.max_tokens), np.zeros(1, np.int64)
-
-
-@called
-def _shrink_items(
-    x_TI: Any, h_QTR: Any, tiles: TileArrays, first_item: Any, next_item: Any
-) -> None:
-    """One thread's share: items until none is left."""
-    width = x_TI.shape[1]
-    _, num_tokens, num_columns = h_QTR.shape
-    number = add_atomically(next_item, 0, 1)
-    while number < first_item[-1]:
-        item = find_item(number, tiles, first_item)
-        tile, row = item.first_tile, item.piece * PIECE_ROWS
-        while row >= _padded_rows(tiles.ranks[tile]):
-            row -= _padded_rows(tiles.ranks[tile])
-            tile += 1
-        column = (tile - item.first_tile) * MAX_TILE_RANKS + row
-        h_row = item.part * num_tokens + item.first_token
-        block = Block(
-            memory_of(x_TI, item.first_token * width),
-            memory_of(tiles.pool, tiles.offset[tile] + row * tiles.stride[tile]),
-            tiles.stride[tile],
-            memory_of(h_QTR, h_row * num_columns + column),
-            num_columns,
-            width,
-            min(tiles.ranks[tile] - row, PIECE_ROWS),
-            item.num_tokens,
-        )
-        _shrink_rows(block)
-        number = add_atomically(next_item, 0, 1)
-
-
-@called
-def _padded_rows(ranks: int) -> int:
-    return ceil_divide(ranks, PIECE_ROWS) * PIECE_ROWS
-
-
-@called
-def _shrink_rows(block: Block) -> None:
-    """h = x @ A.T, four tokens at a time.
+def _shrink_rows(block: Block, scratch: Any) -> None:
+    """h = x @ A.T, four rows and four tokens at a time.
 
     What is missing to four repeats the last row or token and is not stored; a token's sum does not
     depend on its neighbours.
     """
     zero = zeros(LANES)
-    a_starts = _starts4(0, block.num_rows, block.a_stride)
-    if block.num_tokens == 1:
-        _store_totals(block, 0, _dot_rows(zero, block, a_starts))
-        return
+    for row in range(0, block.num_rows, GROUP):
+        a_starts = _starts4(row, block.num_rows, block.a_stride)
+        jump = 0
+        if row + GROUP < block.num_rows:
+            jump = GROUP * block.a_stride - block.width
+        if block.num_tokens == 1:
+            sums = _dot_rows(zero, block, a_starts, jump)
+            _store_total(block, row, 0, sums[0])
+            _store_total(block, row + 1, 0, sums[1])
+            _store_total(block, row + 2, 0, sums[2])
+            _store_total(block, row + 3, 0, sums[3])
+        else:
+            for begin in range(0, block.width, CHUNK_ELEMENTS):
+                _shrink_chunk(block, row, begin, scratch)
+
+
+@called
+def _shrink_chunk(block: Block, row: int, begin: int, scratch: Any) -> None:
+    """Four rows times all tokens, from element `begin` of both on: what a chunk has of A stays in
+    the first cache. From one chunk to the next `scratch` keeps every lane of the sums."""
+    zero = zeros(LANES)
+    none = (zero, zero, zero, zero)
+    end = min(begin + CHUNK_ELEMENTS, block.width)
+    a_starts = _starts4(row, block.num_rows, block.a_stride)
     for token in range(0, block.num_tokens, 4):
         x_starts = _starts4(token, block.num_tokens, block.width)
-        sums = _dot_block(zero, block, a_starts, x_starts)
-        _store_totals(block, token, sums[0])
-        _store_totals(block, token + 1, sums[1])
-        _store_totals(block, token + 2, sums[2])
-        _store_totals(block, token + 3, sums[3])
+        kept = moved(scratch, token * GROUP * LANES)
+        sums = (none, none, none, none)
+        if begin > 0:
+            sums = (
+                _load_sums(zero, kept, 0),
+                _load_sums(zero, kept, 1),
+                _load_sums(zero, kept, 2),
+                _load_sums(zero, kept, 3),
+            )
+        sums = _dot_block(zero, block, a_starts, x_starts, begin, end, sums)
+        if end == block.width:
+            store(totals16(sums[0] + sums[1] + sums[2] + sums[3]), kept, 0)
+            _copy_totals(block, row, token, kept)
+        else:
+            _store_sums(sums[0], kept, 0)
+            _store_sums(sums[1], kept, 1)
+            _store_sums(sums[2], kept, 2)
+            _store_sums(sums[3], kept, 3)
+
+
+@inlined
+def _load_sums(zero: Any, kept: Any, token: int) -> Any:
+    first = token * GROUP * LANES
+    return (
+        load(zero, kept, first),
+        load(zero, kept, first + LANES),
+        load(zero, kept, first + 2 * LANES),
+        load(zero, kept, first + 3 * LANES),
+    )
+
+
+@inlined
+def _store_sums(sums: Any, kept: Any, token: int) -> None:
+    first = token * GROUP * LANES
+    store(sums[0], kept, first)
+    store(sums[1], kept, first + LANES)
+    store(sums[2], kept, first + 2 * LANES)
+    store(sums[3], kept, first + 3 * LANES)
 
 
 @inlined
@@ -131,84 +170,97 @@ def _starts4(row: int, num_rows: int, stride: int) -> Any:
 
 
 @inlined
-def _store_totals(block: Block, token: int, sums: Any) -> None:
-    if token >= block.num_tokens:
-        return
-    h, index = block.h, token * block.h_stride
-    h[index] = total(sums[0])
-    if block.num_rows > 1:
-        h[index + 1] = total(sums[1])
-    if block.num_rows > 2:
-        h[index + 2] = total(sums[2])
-    if block.num_rows > 3:
-        h[index + 3] = total(sums[3])
+def _store_total(block: Block, row: int, token: int, sums: Any) -> None:
+    if row < block.num_rows:
+        block.h[token * block.h_stride + row] = total(sums)
+
+
+@called
+def _copy_totals(block: Block, row: int, token: int, totals: Any) -> None:
+    """`totals` [4 tokens, 4 rows] to h, as far as those exist."""
+    for i in range(min(4, block.num_tokens - token)):
+        for j in range(min(GROUP, block.num_rows - row)):
+            block.h[(token + i) * block.h_stride + row + j] = totals[i * GROUP + j]
 
 
 @inlined
-def _dot_rows(zero: Any, block: Block, a_starts: Any) -> Any:
-    """Lane by lane the dot products of four rows of A with the block's first token."""
+def _dot_rows(zero: Any, block: Block, a_starts: Any, jump: int) -> Any:
+    """Lane by lane the dot products of four rows of A with the block's first token.
+
+    Fetches what comes next: of these rows, and then of those `jump` behind their ends.
+    """
     sums = (zero, zero, zero, zero)
     a, x = block.a, block.x
-    whole, rest = block.width - block.width % LANES, block.width % LANES
-    for i in range(0, whole, LANES):
-        sums = _multiply_add4(_load4(zero, a, a_starts, i), load(zero, x, i), sums)
+    step = num_terms(a)
+    whole, rest = block.width - block.width % step, block.width % step
+    for i in range(0, whole, step):
+        ahead = i + AHEAD_ELEMENTS
+        if ahead >= block.width:
+            ahead += jump
+        prefetch(a, a_starts[0] + ahead)
+        prefetch(a, a_starts[1] + ahead)
+        prefetch(a, a_starts[2] + ahead)
+        prefetch(a, a_starts[3] + ahead)
+        sums = _add_products4(_load4(zero, a, a_starts, i), load_terms(zero, x, i), sums)
     if rest > 0:
         a_rest = _load_part4(zero, a, a_starts, whole, rest)
-        sums = _multiply_add4(a_rest, load_part(zero, x, whole, rest), sums)
+        sums = _add_products4(a_rest, load_terms_part(zero, x, whole, rest), sums)
     return sums
 
 
 @inlined
-def _dot_block(zero: Any, block: Block, a_starts: Any, x_starts: Any) -> Any:
-    """`_dot_rows` for four tokens: each element is loaded once for four products."""
-    none = (zero, zero, zero, zero)
-    sums = (none, none, none, none)
+def _dot_block(
+    zero: Any, block: Block, a_starts: Any, x_starts: Any, begin: int, end: int, sums: Any
+) -> Any:
+    """Adds 16 vectors of products, by token and then row, of elements `begin : end`: each element
+    is loaded once for four."""
     a, x = block.a, block.x
-    whole, rest = block.width - block.width % LANES, block.width % LANES
-    for i in range(0, whole, LANES):
+    step = num_terms(a)
+    rest = (end - begin) % step
+    for i in range(begin, end - rest, step):
         rows = _load4(zero, a, a_starts, i)
-        sums = _multiply_add16(rows, _load4(zero, x, x_starts, i), sums)
+        sums = _add_products16(rows, _load4(zero, x, x_starts, i), sums)
     if rest > 0:
-        rows = _load_part4(zero, a, a_starts, whole, rest)
-        sums = _multiply_add16(rows, _load_part4(zero, x, x_starts, whole, rest), sums)
+        rows = _load_part4(zero, a, a_starts, end - rest, rest)
+        sums = _add_products16(rows, _load_part4(zero, x, x_starts, end - rest, rest), sums)
     return sums
 
 
 @inlined
 def _load4(zero: Any, memory: Any, starts: Any, index: int) -> Any:
     return (
-        load(zero, memory, starts[0] + index),
-        load(zero, memory, starts[1] + index),
-        load(zero, memory, starts[2] + index),
-        load(zero, memory, starts[3] + index),
+        load_terms(zero, memory, starts[0] + index),
+        load_terms(zero, memory, starts[1] + index),
+        load_terms(zero, memory, starts[2] + index),
+        load_terms(zero, memory, starts[3] + index),
     )
 
 
 @inlined
 def _load_part4(zero: Any, memory: Any, starts: Any, index: int, count: int) -> Any:
     return (
-        load_part(zero, memory, starts[0] + index, count),
-        load_part(zero, memory, starts[1] + index, count),
-        load_part(zero, memory, starts[2] + index, count),
-        load_part(zero, memory, starts[3] + index, count),
+        load_terms_part(zero, memory, starts[0] + index, count),
+        load_terms_part(zero, memory, starts[1] + index, count),
+        load_terms_part(zero, memory, starts[2] + index, count),
+        load_terms_part(zero, memory, starts[3] + index, count),
     )
 
 
 @inlined
-def _multiply_add4(vectors: Any, factor: Any, sums: Any) -> Any:
+def _add_products4(vectors: Any, factor: Any, sums: Any) -> Any:
     return (
-        multiply_add(vectors[0], factor, sums[0]),
-        multiply_add(vectors[1], factor, sums[1]),
-        multiply_add(vectors[2], factor, sums[2]),
-        multiply_add(vectors[3], factor, sums[3]),
+        add_products(vectors[0], factor, sums[0]),
+        add_products(vectors[1], factor, sums[1]),
+        add_products(vectors[2], factor, sums[2]),
+        add_products(vectors[3], factor, sums[3]),
     )
 
 
 @inlined
-def _multiply_add16(vectors: Any, factors: Any, sums: Any) -> Any:
+def _add_products16(vectors: Any, factors: Any, sums: Any) -> Any:
     return (
-        _multiply_add4(vectors, factors[0], sums[0]),
-        _multiply_add4(vectors, factors[1], sums[1]),
-        _multiply_add4(vectors, factors[2], sums[2]),
-        _multiply_add4(vectors, factors[3], sums[3]),
+        _add_products4(vectors, factors[0], sums[0]),
+        _add_products4(vectors, factors[1], sums[1]),
+        _add_products4(vectors, factors[2], sums[2]),
+        _add_products4(vectors, factors[3], sums[3]),
     )

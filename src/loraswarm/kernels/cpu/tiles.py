@@ -1,113 +1,182 @@
-"""The work of one LoRA kernel call, cut into items for the threads.
+"""The LoRA work of a batch, cut into items for the threads, at all sites at once.
 
 Items depend on the batch alone, never on the number of threads, and every sum inside an item has
-one order, so results are equal bit for bit however many threads run. Used by shrink and expand.
+one order, so results are equal bit for bit however many threads run. Used by table, shrink, expand.
 
-    unit   one segment at one part of a fused linear
-    piece  shrink: 4 rows of one A; expand: 256 columns of all Bt
-    item   a piece of a unit for 16 of its tokens
+    unit   one segment at one site; units are numbered by site, then segment
+    piece  shrink: up to 16 rows of one A; expand: some columns of all Bt
+    item   a piece of a unit for some of its tokens
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
+from numba import prange
 
 from loraswarm.kernels import MAX_TILE_RANKS
-from loraswarm.kernels.cpu.jit import called
+from loraswarm.kernels.cpu.jit import called, kernel
+from loraswarm.kernels.cpu.memory import int32_at, moved
 
-ITEM_TOKENS = 16
-FLOAT_BYTES = 4
+ITEM_TOKENS = 32
+SHRINK_ELEMENTS = 1 << 15
+EXPAND_ELEMENTS = 1 << 15
+"""About this much of A or Bt is one item's: 64 KiB of bfloat16."""
+BLOCK_COLUMNS = 64
+
+# Where the addresses of a table's arrays lie in `TablePlan.words`.
+SEGMENTS, RANGES, RANKS, NUM_SEGMENTS = 0, 1, 2, 3
+A_OFFSET, A_STRIDE, BT_OFFSET, BT_STRIDE = 4, 5, 6, 7
+SCALE, U_OFFSET, V_OFFSET, GAIN_OFFSET = 8, 9, 10, 11
+NUM_WORDS = 12
+
+MESSAGES = (
+    "",
+    "tiles.ranges names tiles that do not exist",
+    "tiles.ranks must be from 1 to 16",
+    "tiles.a_stride or tiles.bt_stride is less than a row",
+    "a tile lies outside of the pool: tiles.a_offset or tiles.bt_offset",
+    "a vector lies outside of the pool: tiles.gain_offset",
+    "a vector lies outside of the pool: tiles.v_offset",
+    "a vector lies outside of the pool: tiles.u_offset",
+)
+NO_TILES, BAD_RANKS, BAD_STRIDE, BAD_OFFSET, BAD_GAIN, BAD_V, BAD_U = range(1, 8)
 
 
-class TileArrays(NamedTuple):
-    """What one fused linear uses of a `TileTable`, as arrays.
+@kernel
+def count_items(
+    segments: Any,
+    ranges: Any,
+    offset: Any,
+    stride: Any,
+    ranks: Any,
+    widths: Any,
+    pool_size: int,
+    items_U: Any,
+    columns_U: Any,
+    faults: Any,
+) -> None:
+    """How many items each unit has at the sites whose width is known, and what is wrong there.
 
-    `ranges` [Q, G, 2] holds its parts only; `offset` and `stride` are those of A or of Bt; `widths`
-    [Q] is how much of a tile's rows each part uses.
+    For shrink `columns_U` is empty; for expand it gets how many columns a piece has. `faults` gets
+    for each site the number of a message, or 0. Units of a site with a fault get 0 items.
     """
-
-    pool: Any
-    segments: Any
-    ranges: Any
-    offset: Any
-    stride: Any
-    ranks: Any
-    widths: Any
-
-
-class VectorArrays(NamedTuple):
-    """What only expand uses of a `TileTable`; `gain_offset` [Q, G, 2] as `ranges`."""
-
-    scale: Any
-    u_offset: Any
-    v_offset: Any
-    gain_offset: Any
-
-
-class Limits(NamedTuple):
-    """Segments of more than `max_tokens` tokens are skipped; at most `num_threads` threads run."""
-
-    max_tokens: int
-    num_threads: int
+    for site in prange(widths.size):
+        if widths[site] >= 0:
+            fault = _check_site(ranges, offset, stride, ranks, site, widths[site], pool_size)
+            faults[site] = fault
+            if fault == 0:
+                _count_site(segments, ranges, ranks, site, widths[site], items_U, columns_U)
 
 
 @called
-def check_tiles(tiles: TileArrays, h_QTR: Any) -> None:
-    """Raise ValueError where a table would lead outside of the pool or of the batch."""
-    num_parts, num_segments = tiles.ranges.shape[:2]
-    num_tiles = tiles.offset.size
-    if tiles.stride.size != num_tiles or tiles.ranks.size != num_tiles:
-        raise ValueError("tiles.a_stride, tiles.bt_stride or tiles.ranks has another length")
-    if tiles.segments[0] != 0 or tiles.segments[num_segments] != h_QTR.shape[1]:
-        raise ValueError("tiles.segments must go from 0 to the number of tokens")
+def _check_site(
+    ranges: Any, offset: Any, stride: Any, ranks: Any, site: int, width: int, pool_size: int
+) -> int:
+    num_tiles = offset.size
+    for segment in range(ranges.shape[1]):
+        first, last = ranges[site, segment, 0], ranges[site, segment, 1]
+        if first < last and (first < 0 or last > num_tiles):
+            return NO_TILES
+        for tile in range(first, last):
+            if ranks[tile] < 1 or ranks[tile] > MAX_TILE_RANKS:
+                return BAD_RANKS
+            if stride[tile] < width:
+                return BAD_STRIDE
+            end = offset[tile] + (ranks[tile] - 1) * stride[tile] + width
+            if offset[tile] < 0 or end > pool_size:
+                return BAD_OFFSET
+    return 0
+
+
+@called
+def _count_site(
+    segments: Any, ranges: Any, ranks: Any, site: int, width: int, items_U: Any, columns_U: Any
+) -> None:
+    num_segments = ranges.shape[1]
     for segment in range(num_segments):
-        if tiles.segments[segment] > tiles.segments[segment + 1]:
-            raise ValueError("tiles.segments must ascend")
-    for part in range(num_parts):
-        for segment in range(num_segments):
-            first, last = tiles.ranges[part, segment]
-            if first < last and (first < 0 or last > num_tiles):
-                raise ValueError("tiles.ranges names tiles that do not exist")
-            if (last - first) * MAX_TILE_RANKS > h_QTR.shape[2]:
-                raise ValueError("h_QTR has fewer columns than tiles.ranges needs")
+        first, last = ranges[site, segment, 0], ranges[site, segment, 1]
+        unit = site * num_segments + segment
+        blocks = ceil_divide(segments[segment + 1] - segments[segment], ITEM_TOKENS)
+        if columns_U.size == 0:
+            pieces = 0
             for tile in range(first, last):
-                _check_tile(tiles, tile, tiles.widths[part])
+                pieces += ceil_divide(ranks[tile], rows_per_piece(width))
+            items_U[unit] = pieces * blocks
+        else:
+            columns_U[unit] = _columns_per_piece(max(last - first, 0), width)
+            items_U[unit] = ceil_divide(width, columns_U[unit]) * blocks
+
+
+@kernel
+def check_vectors(
+    ranges: Any,
+    ranks: Any,
+    u_offset: Any,
+    v_offset: Any,
+    gain_offset: Any,
+    widths: Any,
+    num_floats: int,
+    items_U: Any,
+    faults: Any,
+) -> None:
+    """After `count_items` for expand: faults of vectors, and no items where nothing changes."""
+    for site in prange(widths.size):
+        if widths[site] >= 0 and faults[site] == 0:
+            faults[site] = _check_vectors(
+                ranges, ranks, u_offset, v_offset, gain_offset, site, widths[site], num_floats
+            )
+            _drop_idle(ranges, gain_offset, site, items_U)
 
 
 @called
-def _check_tile(tiles: TileArrays, tile: int, width: int) -> None:
-    ranks, offset, stride = tiles.ranks[tile], tiles.offset[tile], tiles.stride[tile]
-    if ranks < 1 or ranks > MAX_TILE_RANKS:
-        raise ValueError("tiles.ranks must be from 1 to 16")
-    if stride < width:
-        raise ValueError("tiles.a_stride or tiles.bt_stride is less than a row")
-    if offset < 0 or offset + (ranks - 1) * stride + width > tiles.pool.size:
-        raise ValueError("a tile lies outside of the pool: tiles.a_offset or tiles.bt_offset")
+def _check_vectors(
+    ranges: Any,
+    ranks: Any,
+    u_offset: Any,
+    v_offset: Any,
+    gain_offset: Any,
+    site: int,
+    width: int,
+    num_floats: int,
+) -> int:
+    last_start = max(num_floats - width, -1)
+    for segment in range(ranges.shape[1]):
+        gain, constant = gain_offset[site, segment, 0], gain_offset[site, segment, 1]
+        if max(gain, constant) > last_start or min(gain, constant) < -1:
+            return BAD_GAIN
+        for tile in range(ranges[site, segment, 0], ranges[site, segment, 1]):
+            if v_offset[tile] > last_start or v_offset[tile] < -1:
+                return BAD_V
+            if u_offset[tile] > max(num_floats - ranks[tile], -1) or u_offset[tile] < -1:
+                return BAD_U
+    return 0
 
 
 @called
-def check_vectors(tiles: TileArrays, vectors: VectorArrays) -> None:
-    """Raise ValueError where a vector would lead outside of the pool; after `check_tiles`."""
-    num_parts, num_segments = tiles.ranges.shape[:2]
-    scale, u_offset, v_offset, gain_offset = vectors
-    num_tiles = tiles.offset.size
-    if scale.size != num_tiles or u_offset.size != num_tiles or v_offset.size != num_tiles:
-        raise ValueError("tiles.scale, tiles.u_offset or tiles.v_offset has another length")
-    num_floats = tiles.pool.size * tiles.pool.itemsize // FLOAT_BYTES
-    for part in range(num_parts):
-        last_start = max(num_floats - tiles.widths[part], -1)
-        for segment in range(num_segments):
-            gain, constant = gain_offset[part, segment]
-            if max(gain, constant) > last_start or min(gain, constant) < -1:
-                raise ValueError("a vector lies outside of the pool: tiles.gain_offset")
-            for tile in range(tiles.ranges[part, segment, 0], tiles.ranges[part, segment, 1]):
-                if v_offset[tile] > last_start or v_offset[tile] < -1:
-                    raise ValueError("a vector lies outside of the pool: tiles.v_offset")
-                last_u = max(num_floats - tiles.ranks[tile], -1)
-                if u_offset[tile] > last_u or u_offset[tile] < -1:
-                    raise ValueError("a vector lies outside of the pool: tiles.u_offset")
+def _drop_idle(ranges: Any, gain_offset: Any, site: int, items_U: Any) -> None:
+    num_segments = ranges.shape[1]
+    for segment in range(num_segments):
+        has_tiles = ranges[site, segment, 0] < ranges[site, segment, 1]
+        gains = max(gain_offset[site, segment, 0], gain_offset[site, segment, 1])
+        if not has_tiles and gains < 0:
+            items_U[site * num_segments + segment] = 0
+
+
+@called
+def rows_per_piece(width: int) -> int:
+    """Rows of one tile of A, a multiple of 4, in one piece of shrink."""
+    return min(max(SHRINK_ELEMENTS // max(width, 1) // 4 * 4, 4), MAX_TILE_RANKS)
+
+
+@called
+def _columns_per_piece(num_tiles: int, width: int) -> int:
+    """Columns of all Bt in one piece of expand: whole blocks, and about equal pieces."""
+    num_ranks = MAX_TILE_RANKS * max(num_tiles, 1)
+    columns = max(EXPAND_ELEMENTS // num_ranks, BLOCK_COLUMNS)
+    num_pieces = max(ceil_divide(width, columns), 1)
+    columns = ceil_divide(width, num_pieces)
+    return max(ceil_divide(columns, BLOCK_COLUMNS), 1) * BLOCK_COLUMNS
 
 
 @called
@@ -121,6 +190,7 @@ class Item(NamedTuple):
 
     part: int
     segment: int
+    unit: int
     first_tile: int
     last_tile: int
     piece: int
@@ -129,31 +199,35 @@ class Item(NamedTuple):
 
 
 @called
-def first_items(tiles: TileArrays, pieces_U: Any, max_tokens: int) -> Any:
-    """The number of each unit's first item, then the number of all items."""
-    num_segments = tiles.ranges.shape[1]
-    first_item = np.zeros(pieces_U.size + 1, np.int64)
-    for unit in range(pieces_U.size):
-        segment = unit % num_segments
-        num_tokens = tiles.segments[segment + 1] - tiles.segments[segment]
-        blocks = 0
-        if num_tokens <= max_tokens:
-            blocks = ceil_divide(num_tokens, ITEM_TOKENS)
-        first_item[unit + 1] = first_item[unit] + pieces_U[unit] * blocks
-    return first_item
+def find_item(number: int, words: Any, first_item: Any, first_site: int, num_parts: int) -> Item:
+    """The item with this number among those of one fused linear.
 
-
-@called
-def find_item(number: int, tiles: TileArrays, first_item: Any) -> Item:
-    """The item with this number."""
-    unit: Any = np.searchsorted(first_item, number, side="right") - 1
-    num_segments = tiles.ranges.shape[1]
-    part, segment = unit // num_segments, unit % num_segments
-    begin: Any = np.int64(tiles.segments[segment])
-    end: Any = np.int64(tiles.segments[segment + 1])
+    `first_item` has the number of every unit's first item, at all sites.
+    """
+    num_segments = words[NUM_SEGMENTS]
+    first_unit = first_site * num_segments
+    number += first_item[first_unit]
+    low, high = first_unit, first_unit + num_parts * num_segments
+    while high - low > 1:
+        middle = (low + high) // 2
+        if first_item[middle] <= number:
+            low = middle
+        else:
+            high = middle
+    unit, segment = low, low % num_segments
+    bounds = moved(int32_at(words[SEGMENTS]), segment)
+    tiles = moved(int32_at(words[RANGES]), 2 * unit)
+    begin, end = int(bounds[0]), int(bounds[1])
     blocks = ceil_divide(end - begin, ITEM_TOKENS)
     index = number - first_item[unit]
     begin += index % blocks * ITEM_TOKENS
-    first_tile, last_tile = tiles.ranges[part, segment]
-    num_tokens = min(end - begin, ITEM_TOKENS)
-    return Item(part, segment, first_tile, last_tile, index // blocks, begin, num_tokens)
+    return Item(
+        unit // num_segments - first_site,
+        segment,
+        unit,
+        int(tiles[0]),
+        int(tiles[1]),
+        index // blocks,
+        begin,
+        min(end - begin, ITEM_TOKENS),
+    )

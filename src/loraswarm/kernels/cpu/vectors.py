@@ -25,6 +25,9 @@ _ONE_BITS = 0x3F800000
 _INFINITY_BITS = 0x7F800000
 WHOLE_NUMBERS = np.float32(1.5 * 2**23)  # adding it rounds a number below 2**22 to a whole one
 LOWEST_EXPONENT = np.float32(-126.0)
+LN_2_HIGH = np.float32(0.693359375)  # few bits: its product with a whole number is exact
+LN_2_LOW = np.float32(-2.12194440054690583e-4)
+LOG2_E = np.float32(1.4426950408889634)
 
 
 class Vector(types.Type):  # type: ignore[misc]
@@ -191,6 +194,10 @@ def _maximum(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", b, a), b, a)
 
 
+def _minimum(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered("<", b, a), b, a)
+
+
 def _power_of_two(builder: Any, shifted: Any) -> Any:
     lanes = shifted.type.count
     bits = builder.bitcast(shifted, ir.VectorType(_I32, lanes))
@@ -201,10 +208,13 @@ def _power_of_two(builder: Any, shifted: Any) -> Any:
 add = _elementwise("add", 2, lambda builder, a, b: builder.fadd(a, b))
 subtract = _elementwise("subtract", 2, lambda builder, a, b: builder.fsub(a, b))
 multiply = _elementwise("multiply", 2, lambda builder, a, b: builder.fmul(a, b))
+divide = _elementwise("divide", 2, lambda builder, a, b: builder.fdiv(a, b))
 multiply_add = _elementwise("multiply_add", 3, _multiply_add)
 """a * b + addend."""
 maximum = _elementwise("maximum", 2, _maximum)
 """The larger of a and b, lane by lane; a where b is not a number."""
+minimum = _elementwise("minimum", 2, _minimum)
+"""The smaller of a and b, lane by lane; a where b is not a number."""
 power_of_two = _elementwise("power_of_two", 1, _power_of_two)
 """2 ** n of a whole n from -126 to 127, given as 1.5 * 2**23 + n."""
 
@@ -238,6 +248,16 @@ def total(context: Any, value: Vector) -> Any:
         return builder.extract_element(vector, _I32(0))
 
     return types.float32(value), generate
+
+
+@intrinsic
+def float_of_bits(context: Any, bits: Any) -> Any:
+    """The float32 whose bits an int64 holds."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.bitcast(builder.trunc(values[0], _I32), _F32)
+
+    return types.float32(types.int64), generate
 
 
 @intrinsic
@@ -284,6 +304,40 @@ def exp2(exponent: Any) -> Any:
     result = multiply_add(result, fraction, broadcast(exponent, np.float32(6.931471805599453e-1)))
     result = multiply_add(result, fraction, broadcast(exponent, np.float32(1.0)))
     return multiply(result, power_of_two(shifted))
+
+
+@inlined
+def exp(exponent: Any) -> Any:
+    """e ** exponent; infinite from 128 ln 2 on, e ** -86 below -86; NaN stays NaN.
+
+    Numerics    relative error below 2e-7: 2 ** n times the Taylor series of degree 7 of the rest,
+                which is at most ln 2 / 2.
+    """
+    exponent = maximum(exponent, broadcast(exponent, np.float32(-86.0)))
+    exponent = minimum(exponent, broadcast(exponent, np.float32(89.0)))
+    shifted = multiply_add(
+        exponent, broadcast(exponent, LOG2_E), broadcast(exponent, WHOLE_NUMBERS)
+    )
+    whole = subtract(shifted, broadcast(exponent, WHOLE_NUMBERS))
+    rest = multiply_add(whole, broadcast(exponent, -LN_2_HIGH), exponent)
+    rest = multiply_add(whole, broadcast(exponent, -LN_2_LOW), rest)
+    square = multiply(rest, rest)
+    one = broadcast(exponent, np.float32(1.0))
+    low = add(rest, one)
+    high = multiply_add(
+        rest, broadcast(exponent, np.float32(1 / 6)), broadcast(exponent, np.float32(1 / 2))
+    )
+    low = multiply_add(high, square, low)
+    high = multiply_add(
+        rest, broadcast(exponent, np.float32(1 / 120)), broadcast(exponent, np.float32(1 / 24))
+    )
+    highest = multiply_add(
+        rest, broadcast(exponent, np.float32(1 / 5040)), broadcast(exponent, np.float32(1 / 720))
+    )
+    high = multiply_add(highest, square, high)
+    result = multiply_add(high, multiply(square, square), low)
+    doubled = add(result, result)
+    return multiply(doubled, power_of_two(subtract(shifted, one)))
 
 
 def _align(memory: Any) -> int:

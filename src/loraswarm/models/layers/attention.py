@@ -46,13 +46,18 @@ class Attention:
     def forward(self, x_TD: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
         """[T, D] of x's dtype, a new tensor; K and V of the batch's tokens are now in its pages."""
         qkv_TNE = self.qkv.forward(x_TD, batch).view(x_TD.shape[0], -1, self._head_size)
-        qk_TNE, v_TKE = qkv_TNE[:, : self._num_qk_heads], qkv_TNE[:, self._num_qk_heads :]
+        kernels, pages, norms = self._kernels, batch.pages, None
         if self.qk_norm is not None:
-            qk_TNE = self.qk_norm.forward(qk_TNE, batch.overlays, batch.pool)
-        rotation.apply_(qk_TNE)
-        q_THE, k_TKE = qk_TNE[:, : self._num_heads], qk_TNE[:, self._num_heads :]
-        kernels, pages = self._kernels, batch.pages
-        kernels.write_kv_(pages, self._layer, k_TKE, v_TKE, batch.slots)
+            norms = self.qk_norm.factors(batch.overlays)
+            if norms is None:
+                kernels.finish()
+                qk_TNE = qkv_TNE[:, : self._num_qk_heads]
+                qk_TNE.copy_(self.qk_norm.forward(qk_TNE, batch.overlays, batch.pool))
+        cos, sin = rotation.cos, rotation.sin
+        kernels.rotate_and_write_kv_(
+            qkv_TNE, self._num_heads, cos, sin, pages, self._layer, batch.slots, norms
+        )
+        q_THE = qkv_TNE[:, : self._num_heads]
         out_THE = kernels.paged_attention(
             q_THE, pages, self._layer, batch.attention, self._scale, self._window
         )

@@ -14,7 +14,7 @@ from loraswarm.kernels.overlay import multiply_rows
 from loraswarm.models.batch import Batch
 from loraswarm.models.layers.backend import Backend
 from loraswarm.models.layers.linear import shrink
-from loraswarm.models.layers.weight import Weight
+from loraswarm.models.layers.weight import Weight, multiply
 
 
 class LmHead:
@@ -25,21 +25,31 @@ class LmHead:
     """
 
     def __init__(self, backend: Backend, shape: BaseShape, weight: Weight) -> None:
-        self._weight = weight
+        self.weight = weight
         self._first_site = shape.head_site
         self._out_bounds = shape.head_bounds()
         self._kernels = backend.kernels
 
     def forward(self, x_ZD: Tensor, batch: Batch) -> Tensor:
-        """[Z, V] float32, a new tensor; rounded to x's dtype first. x must be contiguous."""
-        logits_ZV = self._multiply(x_ZD, batch)
+        """[Z, V] float32, a new tensor; rounded to x's dtype first. x must be contiguous.
+
+        What is recorded is computed when it returns.
+        """
         tiles, num_parts = batch.head_tiles, len(self._out_bounds) - 1
-        if tiles is not None and tiles.changes(self._first_site, num_parts):
+        has_tiles = tiles is not None and tiles.changes(self._first_site, num_parts)
+        if not has_tiles and not batch.head_overlays.get(LM_HEAD):
+            logits_ZV = multiply(self._kernels, self.weight, x_ZD, is_float32=True)
+            self._kernels.finish()
+            return logits_ZV
+        logits_ZV = self._multiply(x_ZD, batch)
+        if tiles is not None and has_tiles:
             h_1ZR = shrink(self._kernels, x_ZD, batch.pool, tiles, self._first_site, 1)
+            self._kernels.finish()
             h_QZR = h_1ZR.repeat(num_parts, 1, 1)
             self._kernels.lora_expand_(
                 logits_ZV, h_QZR, batch.pool, tiles, self._first_site, self._out_bounds
             )
+            self._kernels.finish()
         return logits_ZV.float()
 
     def _multiply(self, x_ZD: Tensor, batch: Batch) -> Tensor:
@@ -52,7 +62,8 @@ class LmHead:
         if overlays and num_replaced == x_ZD.shape[0]:
             logits_ZV = x_ZD.new_empty(x_ZD.shape[0], self._out_bounds[-1])
         else:
-            logits_ZV = self._weight.multiply(x_ZD)
+            logits_ZV = multiply(self._kernels, self.weight, x_ZD)
+        self._kernels.finish()
         for overlay in overlays:
             rows = slice(overlay.begin, overlay.end)
             product_ZN = multiply_rows(x_ZD[rows], batch.pool, overlay.rows)

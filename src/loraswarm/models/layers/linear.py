@@ -17,7 +17,7 @@ from loraswarm.core.base_shape import TARGETS, BaseShape, module_path
 from loraswarm.kernels import Kernels, TileTable
 from loraswarm.models.batch import Batch
 from loraswarm.models.layers.backend import Backend
-from loraswarm.models.layers.weight import Weight
+from loraswarm.models.layers.weight import Weight, multiply
 
 
 class LoraLinear:
@@ -45,13 +45,23 @@ class LoraLinear:
 
     def forward(self, x_TI: Tensor, batch: Batch) -> Tensor:
         """y [T, O] of x's dtype, a new tensor. x must be contiguous where the batch has tiles."""
-        y_TO = self.weight.multiply(x_TI, self.bias_O)
-        tiles = batch.tiles
-        if tiles is not None and tiles.changes(self.first_site, self.num_parts):
-            h_QTR = shrink(self._kernels, x_TI, batch.pool, tiles, self.first_site, self.num_parts)
-            self._kernels.lora_expand_(
-                y_TO, h_QTR, batch.pool, tiles, self.first_site, self.out_bounds
+        tiles, kernels = batch.tiles, self._kernels
+        if tiles is None or not tiles.changes(self.first_site, self.num_parts):
+            return multiply(kernels, self.weight, x_TI, self.bias_O)
+        if self.weight.panels is None or tiles.part_tiles(self.first_site, self.num_parts) == 0:
+            y_TO = multiply(kernels, self.weight, x_TI, self.bias_O)
+            h_QTR = shrink(kernels, x_TI, batch.pool, tiles, self.first_site, self.num_parts)
+        else:
+            y_TO, h_QTR = kernels.linear_shrink(
+                x_TI,
+                self.weight.panels,
+                self.bias_O,
+                batch.pool,
+                tiles,
+                self.first_site,
+                self.num_parts,
             )
+        kernels.lora_expand_(y_TO, h_QTR, batch.pool, tiles, self.first_site, self.out_bounds)
         return y_TO
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from loraswarm.models.batch import Batch
@@ -27,11 +26,12 @@ class MLP:
         shape = config.shape()
         self.gate_up = LoraLinear(backend, shape, layer, GATE_UP, config.has_mlp_bias)
         self.down = LoraLinear(backend, shape, layer, DOWN, config.has_mlp_bias)
+        self._kernels = backend.kernels
 
     def forward(self, x_TD: Tensor, batch: Batch) -> Tensor:
         """[T, D] of x's dtype, a new tensor."""
-        gate_TF, up_TF = self.gate_up.forward(x_TD, batch).chunk(2, dim=-1)
-        return self.down.forward(F.silu(gate_TF).mul_(up_TF), batch)
+        gate_up_TF = self.gate_up.forward(x_TD, batch)
+        return self.down.forward(self._kernels.silu_multiply(gate_up_TF), batch)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint names and tensors."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from loraswarm.kernels import HeadNorms
 from loraswarm.kernels.overlay import Overlay, Overlays, row_blocks
 from loraswarm.models.layers.backend import Backend
 
@@ -38,18 +39,34 @@ def scale_(x: Tensor, weight_D: Tensor, overlays: tuple[Overlay, ...], pool: Ten
 
 
 class RMSNorm:
-    """`normalize`, then a learned factor for each column: a second rounding, as in transformers."""
+    """The residual stream with what the last block adds, scaled to a mean square of 1, then by a
+    learned factor for each column: a rounding after each, as in transformers."""
 
     def __init__(self, backend: Backend, path: str, size: int, eps: float) -> None:
         self.weight_D = backend.allocate(size)
         self._eps = eps
         self._path = path
+        self._kernels = backend.kernels
 
-    def forward(self, x_TD: Tensor, overlays: Overlays, pool: Tensor) -> Tensor:
-        """[T, D] of x's dtype, a new tensor. Ranges of `overlays` count rows of x."""
-        x_TD = normalize(x_TD, self._eps)
-        scale_(x_TD, self.weight_D, overlays.get(self._path, ()), pool)
-        return x_TD
+    def forward(
+        self,
+        x_TD: Tensor,
+        delta_TD: Tensor | None,
+        overlays: Overlays,
+        pool: Tensor,
+        rows_Z: Tensor | None = None,
+    ) -> Tensor:
+        """Add delta to x, in place, and return what is normalised: [T, D] of x's dtype.
+
+        With `rows_Z` of these rows alone: [Z, D]. Ranges of `overlays` count rows of the result.
+        """
+        kernels, own = self._kernels, overlays.get(self._path, ())
+        if not own:
+            return kernels.add_rms_norm_(x_TD, delta_TD, self.weight_D, self._eps, rows_Z)
+        normed_TD = kernels.add_rms_norm_(x_TD, delta_TD, None, self._eps, rows_Z)
+        kernels.finish()
+        scale_(normed_TD, self.weight_D, own, pool)
+        return normed_TD
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint name and tensor."""
@@ -68,6 +85,13 @@ class QKNorm:
         self._num_heads = num_heads
         self._eps = eps
         self._q_path, self._k_path = f"{path}.q_norm", f"{path}.k_norm"
+        self._factors = HeadNorms(self.q_weight_E, self.k_weight_E, eps)
+
+    def factors(self, overlays: Overlays) -> HeadNorms | None:
+        """What the kernels take; None where an overlay replaces a factor: then `forward` is due."""
+        if overlays.get(self._q_path) or overlays.get(self._k_path):
+            return None
+        return self._factors
 
     def forward(self, qk_TNE: Tensor, overlays: Overlays, pool: Tensor) -> Tensor:
         """[T, N, E] of qk's dtype, a new tensor."""
