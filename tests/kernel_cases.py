@@ -18,7 +18,6 @@ from torch import Tensor
 
 from loraswarm.kernels import AttentionWork, TileTable, cpu, reference
 from loraswarm.kernels.cpu import jit
-from loraswarm.kernels.cpu.lora import crossover
 from tile_factory import SiteWeights, TilePool
 
 PATTERNS = ("distinct", "uniform", "zipf", "identical", "skewed")
@@ -42,9 +41,8 @@ THREAD_COUNTS = [count for count in (1, 2, 4) if count <= (NUM_CPUS or 1)]
 
 
 def use_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For one test: no crossover is measured, and even the smallest call is spread over threads."""
+    """For one test: even the smallest call is spread over threads."""
     monkeypatch.setattr(jit, "PARALLEL_PRODUCTS", 0)
-    monkeypatch.setattr(crossover, "_max_tokens", {})
     monkeypatch.setattr(jit.threads, "_count", THREAD_COUNTS[-1])
 
 

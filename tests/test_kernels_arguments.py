@@ -267,5 +267,5 @@ def test_an_impossible_number_of_threads_is_refused(num_threads):
 def test_warm_up_reports_each_kernel_once():
     lines = []
     cpu.warm_up("bfloat16", lines.append)
-    kernels = ("lora_shrink", "lora_expand_", "write_kv_", "paged_attention", "crossover")
+    kernels = ("lora_shrink", "lora_expand_", "write_kv_", "paged_attention")
     assert lines == [f"{kernel} bfloat16" for kernel in kernels]

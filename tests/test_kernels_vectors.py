@@ -21,7 +21,6 @@ from kernel_cases import (
     use_all_threads,
 )
 from loraswarm.kernels import cpu, reference
-from loraswarm.kernels.cpu.lora import crossover
 from tolerance import TOLERANCE, assert_close
 
 DTYPES = list(TOLERANCE)
@@ -112,16 +111,6 @@ def test_cpu_equals_reference_for_every_width(sizes, dtype):
     assert_close(case.expanded(cpu, h_QTR), case.expanded(reference, h_QTR), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("max_tokens", [0, 2, 8])
-def test_segments_past_the_crossover_equal_reference(max_tokens, dtype):
-    case = make_general_case(dtype, MIXED)
-    crossover.set_max_tokens(dtype, max_tokens)
-    h_QTR = case.shrink(cpu)
-    assert_close(case.defined(h_QTR), case.defined(case.shrink(reference)), torch.float32)
-    assert_close(case.expanded(cpu, h_QTR), case.expanded(reference, h_QTR), dtype)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("field", "first_token"),
@@ -138,10 +127,8 @@ def test_every_vector_counts(backend, field, first_token):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("max_tokens", [0, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gains_apply_where_no_segment_has_tiles(backend, max_tokens, dtype):
-    crossover.set_max_tokens(dtype, max_tokens)
+def test_gains_apply_where_no_segment_has_tiles(backend, dtype):
     case = make_general_case(dtype, [("adapter6", 3), (None, 2), ("adapter7", 1)])
     no_tiles = torch.zeros_like(case.tiles.ranges)
     no_gains = case.tiles.gain_offset.clone()
@@ -158,10 +145,8 @@ def test_gains_apply_where_no_segment_has_tiles(backend, max_tokens, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("max_tokens", [0, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_no_tile_and_no_gain_touches_keeps_its_bits(backend, max_tokens, dtype):
-    crossover.set_max_tokens(dtype, max_tokens)
+def test_what_no_tile_and_no_gain_touches_keeps_its_bits(backend, dtype):
     case = make_general_case(dtype, [("adapter2", 9), (None, 4), ("adapter5", 3)])
     case.y_TO[9:13, ::2] = float("nan")
     case.y_TO[9:13, 1::2] = -0.0
@@ -178,9 +163,7 @@ def test_what_no_tile_and_no_gain_touches_keeps_its_bits(backend, max_tokens, dt
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("max_tokens", [0, 100])
-def test_a_result_is_rounded_once(backend, max_tokens):
-    crossover.set_max_tokens(torch.bfloat16, max_tokens)
+def test_a_result_is_rounded_once(backend):
     case = make_general_case(torch.bfloat16, [("adapter5", 5)], out_sizes=(300,))
     first, last = case.tiles.ranges[FIRST_SITE, 0].tolist()
     g_at, c_at = case.tiles.gain_offset[FIRST_SITE, 0].tolist()

@@ -206,4 +206,3 @@ class _Calibration:
         )
         found = possible(batches, limits, num_steps, self.report)
         return time_batches(timer, found, self.options.num_rounds, num_steps, self.report)
-

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loraswarm.core.base_shape import BaseShape
+from loraswarm.kernels.huge_pages import empty_in_huge_pages
 from loraswarm.memory.geometry import PageGeometry
 from loraswarm.memory.image import image_bytes, piece_bytes
 from loraswarm.memory.packing import Packing
@@ -38,7 +39,11 @@ class PageBuffer:
     ) -> None:
         assert geometry.element_bytes == dtype.itemsize
         self.geometry = geometry
-        self._bytes = torch.empty(num_pages * geometry.page_bytes, dtype=torch.uint8, device=device)
+        num_bytes = num_pages * geometry.page_bytes
+        if device.type == "cpu":
+            self._bytes = empty_in_huge_pages((num_bytes,), torch.uint8)
+        else:
+            self._bytes = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self.pool: Tensor = self._bytes.view(dtype)
         self.floats: Tensor = self._bytes.view(torch.float32)
         self.pages: Tensor = self.pool.view(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from loraswarm.kernels import MAX_TILE_RANKS
-from loraswarm.kernels.cpu.expand_blocks import Update, expand_blocks, finish_row
+from loraswarm.kernels.cpu.expand_blocks import Update, expand_blocks, finish_rows
 from loraswarm.kernels.cpu.jit import called, inlined
 from loraswarm.kernels.cpu.memory import float_at, int32_at, int64_at, memory_at, moved
 from loraswarm.kernels.cpu.terms import prefetch, whole_lines
@@ -121,13 +121,11 @@ def _expand_token(update: Update, low: int, high: int, sums: Any) -> None:
         while row < ranks:
             _add_row(moved(bt, row * stride), factors[row] * update.scale[tile], high - low, sums)
             row += 1
-    finish_row(update, 0, low, high, sums)
+    finish_rows(update, low, high, sums)
 
 
 @called
-def _add_rows4(
-    bt: Any, stride: int, h: Any, scale: Any, count: int, jump: int, sums: Any
-) -> None:
+def _add_rows4(bt: Any, stride: int, h: Any, scale: Any, count: int, jump: int, sums: Any) -> None:
     """sums += scale * h[r] * row r of Bt, for four rows of `count` elements.
 
     Fetches what comes next: of these rows, and then of those `jump` behind their ends.

@@ -1,6 +1,6 @@
 """Expand for several tokens: a block of 64 columns of Bt is widened once for all of them.
 
-    scratch   | sums: blocks of [32 tokens, 64 columns] | Bt [64 ranks, 64] | factors [64 ranks, 32] |
+    scratch   | sums: blocks of [32 tokens, 64] | Bt [64 ranks, 64] | factors [64 ranks, 32] |
 
 Called by kernels/cpu/expand only.
 """
@@ -40,8 +40,8 @@ class Update(NamedTuple):
     """What some tokens of one segment add to their columns of `y` at one part; bare pointers.
 
     Row t of the tokens is at `y + t * y_stride` and at `h + t * h_stride`. `offset`, `stride`,
-    `ranks`, `scale`, `u` and `v` are those of the segment's tiles; `width` columns of their rows are
-    used. Vectors lie in `floats`, the pool as float32; -1 stands for none.
+    `ranks`, `scale`, `u` and `v` are those of the segment's tiles; `width` columns of their rows
+    are used. Vectors lie in `floats`, the pool as float32; -1 stands for none.
     """
 
     y: Any
@@ -77,6 +77,8 @@ def expand_blocks(update: Update, low: int, high: int, scratch: Any) -> None:
         num_ranks = _make_factors(update, first_tile, last_tile, factors)
         for column in range(low, high, BLOCK_COLUMNS):
             sums = moved(scratch, (column - low) * kept)
+            if last_tile == update.num_tiles:
+                _prefetch_rows(update, column)
             _widen(update, first_tile, last_tile, column, bt)
             for token in range(0, update.num_tokens, 4):
                 _add_ranks(
@@ -87,10 +89,17 @@ def expand_blocks(update: Update, low: int, high: int, scratch: Any) -> None:
                     first_tile == 0,
                 )
             if last_tile == update.num_tiles:
-                end = min(column + BLOCK_COLUMNS, high)
-                for token in range(update.num_tokens):
-                    finish_row(update, token, column, end, moved(sums, token * BLOCK_COLUMNS))
+                finish_rows(update, column, min(column + BLOCK_COLUMNS, high), sums)
         first_tile += CHUNK_TILES
+
+
+@called
+def _prefetch_rows(update: Update, low: int) -> None:
+    """Columns of y that are read when the products are done; rows lie too far apart for the CPU to
+    see them coming."""
+    for token in range(update.num_tokens):
+        prefetch(update.y, token * update.y_stride + low)
+        prefetch(update.y, token * update.y_stride + low + BLOCK_COLUMNS // 2)
 
 
 @called
@@ -162,26 +171,29 @@ def _add_ranks(sums: Any, bt: Any, factors: Any, num_ranks: int, is_first: bool)
 
 
 @called
-def finish_row(update: Update, token: int, low: int, high: int, sums: Any) -> None:
-    """y = gain * (y + sums) + constant for columns `low : high` of a token; rounds once."""
+def finish_rows(update: Update, low: int, high: int, sums: Any) -> None:
+    """y = gain * (y + sums) + constant for columns `low : high` of all tokens; rounds once.
+
+    Each token's sums begin 64 after the last one's: a block of 64 columns, or any for one token.
+    """
     zero, wide = zeros(LANES), zeros(BLOCK_COLUMNS)
-    y = moved(update.y, token * update.y_stride)
-    column = low
-    if max(update.gain, update.constant) < 0:
-        while column + BLOCK_COLUMNS <= high:
-            store(add(load(wide, y, column), load(wide, sums, column - low)), y, column)
+    has_gains = max(update.gain, update.constant) >= 0
+    for token in range(update.num_tokens):
+        y = moved(update.y, token * update.y_stride)
+        row_sums = moved(sums, token * BLOCK_COLUMNS)
+        column = low
+        while column + BLOCK_COLUMNS <= high and not has_gains:
+            store(add(load(wide, y, column), load(wide, row_sums, column - low)), y, column)
             column += BLOCK_COLUMNS
         while column < high:
             value = load_up_to(zero, y, column, high - column)
-            store_up_to(add(value, load(zero, sums, column - low)), y, column, high - column)
+            value = add(value, load(zero, row_sums, column - low))
+            if has_gains:
+                gain = _columns_or(ONE, zero, update, update.gain, column)
+                constant = _columns_or(ZERO, zero, update, update.constant, column)
+                value = multiply_add(gain, value, constant)
+            store_up_to(value, y, column, high - column)
             column += LANES
-    while column < high:
-        value = load_up_to(zero, y, column, high - column)
-        value = add(value, load(zero, sums, column - low))
-        gain = _columns_or(ONE, zero, update, update.gain, column)
-        constant = _columns_or(ZERO, zero, update, update.constant, column)
-        store_up_to(multiply_add(gain, value, constant), y, column, high - column)
-        column += LANES
 
 
 @inlined

@@ -3,7 +3,7 @@
 Items of both alternate: some threads wait for the matrices of adapters while others multiply. An
 item is run by kernels/cpu/operations; kernels/cpu/lora records it.
 
-    arguments   | those of shrink | number of items of the product, of shrink | those of the product |
+    arguments   | shrink's | number of items of the product | of shrink | the product's |
 """
 
 from __future__ import annotations

@@ -17,20 +17,6 @@ from loraswarm.kernels.cpu.operations import EXPAND, LINEAR_SHRINK, SHRINK
 from loraswarm.kernels.cpu.program import programs
 from loraswarm.kernels.cpu.table import TablePlan, Work, last_plan
 
-class Crossover:
-    """Stub."""
-
-    def __init__(self) -> None:
-        self._max_tokens: dict[torch.dtype, int] = {}
-
-    def max_tokens(self, dtype: torch.dtype) -> int:
-        return self._max_tokens.get(dtype, 1 << 60)
-
-    def set_max_tokens(self, dtype: torch.dtype, max_tokens: int) -> None:
-        self._max_tokens[dtype] = max_tokens
-
-
-crossover = Crossover()
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -54,7 +54,7 @@ class Program(threading.local):
         self._dtype: torch.dtype | None = None
         self._depth = 0
         self._held: list[Any] = []
-        self._scratch = np.zeros((0, SCRATCH_FLOATS), np.float32)
+        self._scratch = _scratch(0)
         self._buffers = Buffers()
         self.profile: Profile | None = None
 
@@ -124,7 +124,7 @@ class Program(threading.local):
         clock = _NO_CLOCK if self.profile is None else np.zeros(len(words) + 1, np.int64)
         num_threads = threads.wake(self._num_products)
         if self._scratch.shape[0] < num_threads:
-            self._scratch = np.zeros((num_threads, SCRATCH_FLOATS), np.float32)
+            self._scratch = _scratch(num_threads)
         assert self._dtype is not None
         try:
             execute(words, counters, clock, self._scratch, _LIKE[self._dtype], num_threads)
@@ -139,6 +139,11 @@ class Program(threading.local):
         self._num_operations = 0
         self._num_products = 0
         self._held.clear()
+
+
+def _scratch(num_threads: int) -> Any:
+    """[threads, floats], each thread's at the start of a cache line as torch's memory is."""
+    return torch.zeros(num_threads, SCRATCH_FLOATS).numpy()
 
 
 class Profile:

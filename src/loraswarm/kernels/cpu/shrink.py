@@ -1,7 +1,7 @@
 """The shrink operation: each row of A is read once for some tokens of its segment.
 
-Four rows and four tokens share each load. An item is run by kernels/cpu/operations; kernels/cpu/lora
-records it.
+Four rows and four tokens share each load. An item is run by kernels/cpu/operations, and recorded by
+kernels/cpu/lora.
 """
 
 from __future__ import annotations

@@ -149,9 +149,7 @@ def prefetch(context: Any, memory: Any, index: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
         place = builder.bitcast(builder.gep(values[0], [values[1]]), byte)
         function_type = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(
-            builder.module, function_type, "llvm.prefetch.p0"
-        )
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
         builder.call(function, [place, _I32(0), _I32(2), _I32(1)])
         return context.get_dummy_value()
 

@@ -1,24 +1,17 @@
-"""Compile or load every kernel for a dtype before the first request, and measure the crossover.
+"""Compile or load every kernel for a dtype before the first request.
 
 Called through kernels/cpu by whoever starts an engine.
 """
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable
 
 import torch
 
 from loraswarm.kernels import AttentionWork, TileTable
-from loraswarm.kernels.cpu.lora import crossover, lora_expand_, lora_shrink
+from loraswarm.kernels.cpu.lora import lora_expand_, lora_shrink
 from loraswarm.kernels.cpu.paged import paged_attention, write_kv_
-
-MEASURED_WIDTH = 1024
-MEASURED_TOKENS = (512, 128, 32)
-MEASURED_RUNS = 3
-CLEARLY_FASTER = 0.8  # of the other's time; less is noise
 
 
 def warm_up(dtype_name: str, report: Callable[[str], None]) -> None:
@@ -40,22 +33,6 @@ def warm_up(dtype_name: str, report: Callable[[str], None]) -> None:
     zero = torch.zeros(1, dtype=torch.int32)
     one_token = AttentionWork(torch.tensor([0, 1], dtype=torch.int32), zero + 1, zero[None], 1, 1)
     paged_attention(new_TKE, pages, 0, one_token, 1.0, None)
-    report(f"crossover {dtype_name}")
-    measure_crossover(dtype)
-
-
-def measure_crossover(dtype: torch.dtype) -> None:
-    """Time kernels and torch on ever shorter segments while torch is faster; set `crossover`."""
-    max_tokens = sys.maxsize
-    for num_tokens in MEASURED_TOKENS:
-        case = LoraUpdate(dtype, num_tokens, MEASURED_WIDTH)
-        crossover.set_max_tokens(dtype, 0)
-        torch_s = case.fastest_s()
-        crossover.set_max_tokens(dtype, sys.maxsize)
-        if torch_s > CLEARLY_FASTER * case.fastest_s():
-            break
-        max_tokens = num_tokens - 1
-    crossover.set_max_tokens(dtype, max_tokens)
 
 
 class LoraUpdate:
@@ -63,7 +40,6 @@ class LoraUpdate:
 
     def __init__(self, dtype: torch.dtype, num_tokens: int, width: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.num_tokens = num_tokens
         self._x_TI = torch.randn(num_tokens, width, generator=generator).to(dtype)
         self._pool = torch.randn(2 * 16 * width, generator=generator).to(dtype)
         self._tiles = TileTable(
@@ -88,12 +64,3 @@ class LoraUpdate:
     def expand_(self, h_QTR: torch.Tensor) -> None:
         bounds = (0, self._x_TI.shape[1])
         lora_expand_(torch.zeros_like(self._x_TI), h_QTR, self._pool, self._tiles, 0, bounds)
-
-    def fastest_s(self) -> float:
-        """Seconds of the fastest of some runs of both kernels."""
-        times = []
-        for _ in range(MEASURED_RUNS):
-            start = time.perf_counter()
-            self.expand_(self.shrink())
-            times.append(time.perf_counter() - start)
-        return min(times)
