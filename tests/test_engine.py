@@ -101,10 +101,10 @@ def test_preempted_at_any_step_equals_undisturbed(swarm, engine):
 
 
 def test_after_warm_up_serving_compiles_nothing(swarm, engine):
-    from loraswarm.kernels.cpu.execute import execute
+    from loraswarm.kernels.cpu.team import begin, clear, publish, work
     from loraswarm.kernels.cpu.tiles import check_vectors, count_items
 
-    kernels = (execute, check_vectors, count_items)
+    kernels = (work, begin, clear, publish, check_vectors, count_items)
     compiled = [list(kernel.signatures) for kernel in kernels]
     assert all(compiled)
     fresh = make_engine(swarm, max_step_tokens=40, max_num_sequences=8)

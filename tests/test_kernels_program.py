@@ -1,5 +1,7 @@
 """Programs: what is recorded runs in order, at the end of the block, on any number of threads."""
 
+import threading
+
 import pytest
 import torch
 
@@ -76,19 +78,18 @@ def test_memory_of_a_held_result_is_not_given_out_again():
     assert torch.equal(view, kept[2:3])
 
 
-def test_nothing_runs_before_the_end_of_the_block_or_finish():
+def test_finish_returns_when_all_is_done():
     weights, x = chain(1)
     packed = pack_linear(weights[0])
     expected = linear(x, packed, None)
     with recording():
         y = linear(x, packed, None)
-        y.fill_(7)
-        assert torch.all(y == 7)
         finish()
         assert torch.equal(y, expected)
         y.fill_(7)
         finish()
         assert torch.all(y == 7)
+    assert torch.all(y == 7)
 
 
 def test_blocks_may_be_nested():
@@ -102,22 +103,56 @@ def test_blocks_may_be_nested():
     assert torch.equal(y, expected)
 
 
-def test_after_an_exception_nothing_of_the_block_is_left():
+def test_an_exception_leaves_nothing_undone():
     weights, x = chain(1)
     packed = pack_linear(weights[0])
-    y = None
+    expected = linear(x, packed, None)
+    recorded = []
 
     def fail():
-        nonlocal y
         with recording():
-            y = linear(x, packed, None)
-            y.fill_(7)
+            recorded.append(linear(x, packed, None))
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert torch.all(y == 7)
-    with recording():
-        pass
-    assert torch.all(y == 7)
+    assert torch.equal(recorded[0], expected)
     assert not program_module.programs.is_recording
+    with recording():
+        again = linear(x, packed, None)
+    assert torch.equal(again, expected)
+
+
+def test_more_operations_than_a_program_holds():
+    weights, x = chain(3)
+    packed = [pack_linear(weight) for weight in weights]
+    expected = run_chain(weights * 400, x)
+    with recording():
+        y = x
+        for _ in range(400):
+            for weight in packed:
+                y = linear(y, weight, None)
+    assert torch.equal(y, expected)
+
+
+def test_threads_that_use_kernels_at_once_do_not_meet():
+    cases = [chain(40, seed) for seed in range(3)]
+    expected = [run_chain(*case) for case in cases]
+    wrong = []
+
+    def run(number):
+        packed = [pack_linear(weight) for weight in cases[number][0]]
+        for _ in range(30):
+            with recording():
+                y = cases[number][1]
+                for weight in packed:
+                    y = linear(y, weight, None)
+            if not torch.equal(y, expected[number]):
+                wrong.append(number)
+
+    running = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert not wrong

@@ -1,22 +1,21 @@
-"""Runs a program: operations one after another, each spread over the threads.
+"""Walks through a program: operations one after another, each spread over the threads.
 
-One parallel region for a whole program. A thread takes items of the current operation until none is
-left, and goes on when all of them are done, whoever did them; a thread that the machine has put
-aside between two items holds up nobody. Called by kernels/cpu/program only.
+Every thread that takes part walks through the whole program. It takes items of an operation until
+none is left, and goes on when all of them are done, whoever did them; a thread that the machine has
+put aside between two items holds up nobody, and one that comes late joins where the others are. A
+program may still grow while it is walked through. Called by kernels/cpu/team.
 
-    program   [operations, WORDS] int64: kind, number of items, then the operation's own arguments
-    counters  [operations, 16] int64 of zeros: word 0 the next item, word 8 the items done
-    clock     [operations + 1] int64, the clock when the first thread came to an operation, and at
-              the end; empty if nobody wants to know
+    words     [operations, WORDS] int64: kind, number of items, then the operation's own arguments
+    counters  [operations, COUNTER_WORDS] int64 of zeros: the next item, and the items done
+    state     int64: how many operations there are, whether that is all, who is in
+    clock     [operations + 1] int64, when a thread came to an operation, and to the end
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba import prange
-
-from loraswarm.kernels.cpu.jit import called, kernel
+from loraswarm.kernels.cpu.jit import called
 from loraswarm.kernels.cpu.memory import (
     add_atomically_at,
     moved,
@@ -26,53 +25,38 @@ from loraswarm.kernels.cpu.memory import (
     yield_thread,
 )
 from loraswarm.kernels.cpu.operations import run_item
-from loraswarm.kernels.cpu.vectors import memory_of
 
+LINE_WORDS = 8
+"""int64 in a cache line; what different threads write lies in lines of its own."""
 WORDS = 32
 FIRST_ARGUMENT = 2
-COUNTER_WORDS = 16
-DONE = 8
+DONE = LINE_WORDS
+COUNTER_WORDS = 2 * LINE_WORDS
+NUM_READY, IS_CLOSED, NUM_ENTERED, NUM_LEFT = (LINE_WORDS * line for line in range(4))
+STATE_WORDS = 4 * LINE_WORDS
 SPINS = 4096
 
 
-class Shared(NamedTuple):
-    """Bare pointers to what all threads use."""
+class Walk(NamedTuple):
+    """Bare pointers to a program and to what all its threads share; `clock` is not shared."""
 
-    program: Any
-    num_operations: int
+    words: Any
     counters: Any
+    state: Any
     clock: Any
-
-
-@kernel
-def execute(
-    program: Any, counters: Any, clock: Any, scratch: Any, like: Any, num_threads: int
-) -> None:
-    """Run all operations of `program`; `scratch` [threads, floats] is each thread's own memory.
-
-    `like` is an array of the element type, of any size.
-    """
-    shared = Shared(
-        memory_of(program, 0), program.shape[0], memory_of(counters, 0), memory_of(clock, 0)
-    )
-    is_timed = clock.size > 0
-    for thread in prange(num_threads):
-        _work(
-            shared,
-            is_timed and thread == 0,
-            memory_of(scratch, thread * scratch.shape[1]),
-            memory_of(like, 0),
-        )
+    is_timed: bool
 
 
 @called
-def _work(shared: Shared, is_timed: bool, scratch: Any, like: Any) -> None:
-    """One thread's share of every operation."""
-    for index in range(shared.num_operations):
-        if is_timed:
-            shared.clock[index] = read_clock()
-        operation = moved(shared.program, index * WORDS)
-        counter = moved(shared.counters, index * COUNTER_WORDS)
+def walk_program(walk: Walk, scratch: Any, like: Any) -> None:
+    """One thread's share of every operation; `scratch` is its own memory, `like` points to elements
+    of the program's type."""
+    index = 0
+    while _comes(walk.state, index):
+        if walk.is_timed:
+            walk.clock[index] = read_clock()
+        operation = moved(walk.words, index * WORDS)
+        counter = moved(walk.counters, index * COUNTER_WORDS)
         kind, num_items = operation[0], operation[1]
         arguments = moved(operation, FIRST_ARGUMENT)
         num_done = 0
@@ -83,17 +67,37 @@ def _work(shared: Shared, is_timed: bool, scratch: Any, like: Any) -> None:
             item = add_atomically_at(counter, 0, 1)
         if num_done > 0:
             add_atomically_at(counter, DONE, num_done)
-        _wait_until(counter, num_items)
-    if is_timed:
-        shared.clock[shared.num_operations] = read_clock()
+        wait_until(counter, DONE, num_items)
+        index += 1
+    if walk.is_timed:
+        walk.clock[index] = read_clock()
 
 
 @called
-def _wait_until(counter: Any, num_items: int) -> None:
+def _comes(state: Any, index: int) -> bool:
+    """Whether there is an operation with this number, as soon as that is known."""
     num_spins = 0
-    while read_atomically(counter, DONE) < num_items:
+    while read_atomically(state, NUM_READY) <= index:
+        if read_atomically(state, IS_CLOSED) != 0:
+            return bool(read_atomically(state, NUM_READY) > index)
         num_spins += 1
-        if num_spins < SPINS:
-            relax()
-        else:
-            yield_thread()
+        _pause(num_spins)
+    return True
+
+
+@called
+def wait_until(memory: Any, word: int, least: int) -> None:
+    """Return when a number in memory is at least `least`."""
+    num_spins = 0
+    while read_atomically(memory, word) < least:
+        num_spins += 1
+        _pause(num_spins)
+
+
+@called
+def _pause(num_spins: int) -> None:
+    """Wait a little; if it has taken long, let others have the core."""
+    if num_spins < SPINS:
+        relax()
+    else:
+        yield_thread()

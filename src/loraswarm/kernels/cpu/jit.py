@@ -1,7 +1,7 @@
-"""How the kernels are compiled, cached on disk and spread over threads.
+"""How the kernels are compiled, cached on disk, and how many threads they use.
 
 Knows nothing about what they compute. A kernel splits its work into items that do not depend on the
-number of threads; an atomic counter hands them out, so that a slow thread takes fewer.
+number of threads.
 """
 
 from __future__ import annotations
@@ -13,16 +13,8 @@ from typing import Any, TypeVar, cast
 
 import numba
 import torch
-from numba import types
-from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-# "omp" finds the OpenMP that torch has loaded: one pool of threads. With another layer every change
-# between a matmul and a kernel waits for the other's spinning threads, and `workqueue` ends the
-# process if two threads call it at once.
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-
 
 PARALLEL_PRODUCTS = 1 << 16
 _PART = {
@@ -60,13 +52,9 @@ class Threads:
         return int(numba.config.NUMBA_NUM_THREADS)
 
     def wake(self, num_products: int) -> int:
-        """How many threads to use for so many multiply-adds; Numba will start that many.
-
-        One, if waking the others would take longer than the work.
-        """
-        count = self._count if num_products >= PARALLEL_PRODUCTS else 1
-        numba.set_num_threads(count)
-        return count
+        """How many threads to use for so many multiply-adds: one, if waking the others would take
+        longer than the work."""
+        return self._count if num_products >= PARALLEL_PRODUCTS else 1
 
     def set_count(self, count: int) -> None:
         """Raises ValueError unless `count` is from 1 to the number of CPUs of this process."""
@@ -85,7 +73,7 @@ def kernel(function: Function) -> Function:
     previous = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = _CACHE_DIRECTORY
     try:
-        compiled = numba.njit(parallel=True, nogil=True, cache=True)(function)
+        compiled = numba.njit(nogil=True, cache=True)(function)
         return cast(Function, compiled)
     finally:
         numba.config.CACHE_DIR = previous
@@ -99,14 +87,3 @@ def called(function: Function) -> Function:
 def inlined(function: Function) -> Function:
     """A part of a kernel; vectors stay in registers across its calls."""
     return cast(Function, numba.njit(forceinline=True, **_PART)(function))
-
-
-@intrinsic
-def add_atomically(context: Any, array: Any, index: Any, amount: Any) -> Any:
-    """Add to one element of an int64 array and return what it was before."""
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        data = context.make_array(array)(context, builder, values[0]).data
-        return builder.atomic_rmw("add", builder.gep(data, [values[1]]), values[2], "seq_cst")
-
-    return types.int64(array, types.intp, types.int64), generate

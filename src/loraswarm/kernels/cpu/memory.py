@@ -77,6 +77,53 @@ def read_atomically(context: Any, memory: Any, index: Any) -> Any:
 
 
 @intrinsic
+def write_atomically(context: Any, memory: Any, index: Any, value: Any) -> Any:
+    """Set one int64; whoever reads it sees all that was written before."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place = builder.gep(values[0], [values[1]])
+        builder.store_atomic(values[2], place, "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(memory, types.intp, types.int64), generate
+
+
+@intrinsic
+def swap_atomically(context: Any, memory: Any, index: Any, value: Any) -> Any:
+    """Set one int64 and return what it was before."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place = builder.gep(values[0], [values[1]])
+        return builder.atomic_rmw("xchg", place, values[2], "seq_cst")
+
+    return types.int64(memory, types.intp, types.int64), generate
+
+
+def _pipe_call(name: str) -> Any:
+    """An intrinsic that calls the C library's `read` or `write` for one byte of a pipe."""
+
+    def typing(context: Any, pipe: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            byte = ir.IntType(8)
+            size = context.get_value_type(types.intp)
+            function_type = ir.FunctionType(size, [_I32, byte.as_pointer(), size])
+            function = cgutils.get_or_insert_function(builder.module, function_type, name)
+            place = cgutils.alloca_once_value(builder, byte(0))
+            descriptor = builder.trunc(values[0], _I32)
+            return builder.call(function, [descriptor, place, size(1)])
+
+        return types.intp(types.int64), generate
+
+    return intrinsic(typing)
+
+
+wait_at_pipe = _pipe_call("read")
+"""Sleep until a byte is in the pipe with this descriptor, and take it."""
+wake_through_pipe = _pipe_call("write")
+"""Put a byte into the pipe with this descriptor."""
+
+
+@intrinsic
 def read_clock(context: Any) -> Any:
     """A number that grows at a steady rate; 0 where the CPU lets programs read none."""
 

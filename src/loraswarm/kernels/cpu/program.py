@@ -1,60 +1,68 @@
-"""Programs: operations that are recorded first and run together, in their order.
+"""Programs: operations that are recorded, and computed while others are still recorded.
 
-Within `recording()` the kernels of this package only note what is to be computed; leaving it, or
-`finish()`, computes it. Between the two nobody may read or write the tensors involved but the
-kernels. Outside of it every kernel runs at once. So a step of a model is one parallel region, and
-its threads are woken once.
+Within `recording()` the kernels of this package only note what is to be computed; when the block
+ends, or `finish()` returns, it is computed. Between the two nobody may read or write the tensors
+involved but the kernels. Outside of it every kernel returns when it is done. So the threads are
+woken once for a step of a model, and work while it is recorded (kernels/cpu/team).
 
     with programs.recording():
         h = kernels.linear(x, w)          noted; h is memory that holds nothing yet
         y = kernels.silu_multiply(h)      noted; h may be forgotten: later ones may overwrite it
     y is computed
 
-Operations run in the order of recording, so memory that nobody holds any more is given to the next
-that asks: `buffer` reuses it. A thread has its own program.
+Operations are done in the order of recording, so memory that nobody holds any more is given to the
+next that asks: `buffer` reuses it. A thread has its own program.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from math import prod
+from struct import Struct
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loraswarm.kernels.cpu.execute import COUNTER_WORDS, FIRST_ARGUMENT, WORDS, execute
+from loraswarm.kernels.cpu.execute import FIRST_ARGUMENT, WORDS
 from loraswarm.kernels.cpu.jit import threads
+from loraswarm.kernels.cpu.team import (
+    MAX_OPERATIONS,
+    SCRATCH_FLOATS,
+    WORD_BYTES,
+    WORDS_AT,
+    Slot,
+    Team,
+    publish,
+)
 
-SCRATCH_FLOATS = 1 << 16
+__all__ = ["SCRATCH_FLOATS", "Profile", "Program", "programs"]
+
+PUBLISHED_TOGETHER = 4
 NOBODY_ELSE = 2  # references to a block: its tensor here and the storage beside it
-_NO_CLOCK = np.zeros(0, np.int64)
-_PADDING = tuple([0] * WORDS)
-_LIKE = {
-    torch.float32: np.zeros(1, np.float32),
-    torch.bfloat16: np.zeros(1, np.uint16),
-    torch.float16: np.zeros(1, np.int16),
-}
+_PACKERS = [
+    Struct(f"{FIRST_ARGUMENT + count}q").pack_into for count in range(WORDS - FIRST_ARGUMENT + 1)
+]
 
 
 class Program(threading.local):
-    """What has been recorded and not yet run, all of one element type."""
+    """What has been recorded and is not yet done, all of one element type."""
 
     def __init__(self) -> None:
-        self._words = array("q")
+        self._team: Team | None = None
+        self._slot: Slot | None = None
+        self._dtype: torch.dtype | None = None
         self._num_operations = 0
         self._num_products = 0
-        self._dtype: torch.dtype | None = None
+        self._has_begun = False
         self._depth = 0
         self._held: list[Any] = []
-        self._scratch = _scratch(0)
         self._buffers = Buffers()
         self.profile: Profile | None = None
 
@@ -64,19 +72,14 @@ class Program(threading.local):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Operations of this block run at its end, or when `finish` is called.
-
-        After an exception nothing of them is run.
-        """
+        """Operations of this block are computed when it ends, or when `finish` returns."""
         self._depth += 1
         try:
             yield
+        finally:
             if self._depth == 1:
                 self.finish()
-        finally:
             self._depth -= 1
-            if self._depth == 0:
-                self._forget()
 
     def add(
         self,
@@ -86,23 +89,28 @@ class Program(threading.local):
         dtype: torch.dtype,
         num_products: int,
     ) -> None:
-        """Record an operation over `num_items` items; run it now unless recording.
+        """Record an operation over `num_items` items; returns when it is done unless recording.
 
         `arguments` are numbers and addresses; what lies there must stay in place until the program
-        has run: `hold` it, unless it is a `buffer` or outlives the recording.
+        is done: `hold` it, unless it is a `buffer` or outlives the recording.
         """
-        if dtype != self._dtype:
+        if dtype != self._dtype or self._num_operations == MAX_OPERATIONS:
             self.finish()
-            self._dtype = dtype
-        self._words.extend((kind, num_items, *arguments))
-        self._words.extend(_PADDING[FIRST_ARGUMENT + len(arguments) :])
+        if self._slot is None:
+            self._open(dtype)
+        assert self._slot is not None
+        place = WORD_BYTES * (WORDS_AT + self._num_operations * WORDS)
+        _PACKERS[len(arguments)](self._slot.data, place, kind, num_items, *arguments)
         self._num_operations += 1
         self._num_products += num_products
         if self._depth == 0:
             self.finish()
+        elif self._num_operations % PUBLISHED_TOGETHER == 0:
+            publish(self._slot.address, self._num_operations, False)
+            self._begin()
 
     def hold(self, *objects: object) -> None:
-        """Keep objects alive until the program has run."""
+        """Keep objects alive until the program is done."""
         self._held.extend(objects)
 
     def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -116,34 +124,40 @@ class Program(threading.local):
         return self._buffers.take(shape, dtype)
 
     def finish(self) -> None:
-        """Run what has been recorded; returns when it is done."""
-        if self._num_operations == 0:
+        """Take part in what has been recorded; returns when it is done."""
+        slot, team = self._slot, self._team
+        if slot is None or team is None:
             return
-        words = np.frombuffer(self._words, np.int64).reshape(self._num_operations, WORDS)
-        counters = np.zeros((self._num_operations, COUNTER_WORDS), np.int64)
-        clock = _NO_CLOCK if self.profile is None else np.zeros(len(words) + 1, np.int64)
-        num_threads = threads.wake(self._num_products)
-        if self._scratch.shape[0] < num_threads:
-            self._scratch = _scratch(num_threads)
-        assert self._dtype is not None
-        try:
-            execute(words, counters, clock, self._scratch, _LIKE[self._dtype], num_threads)
-            if self.profile is not None:
-                self.profile.saw(words[:, 0], clock)
-        finally:
-            del words
-            self._forget()
-
-    def _forget(self) -> None:
-        self._words = array("q")
-        self._num_operations = 0
-        self._num_products = 0
+        publish(slot.address, self._num_operations, True)
+        self._begin()
+        team.take_part(slot)
+        if self.profile is not None:
+            self.profile.saw(slot, self._num_operations)
         self._held.clear()
+        self._num_operations = self._num_products = 0
+        self._has_begun = False
+        self._slot = self._team = self._dtype = None
+        team.lock.release()
+
+    def _open(self, dtype: torch.dtype) -> None:
+        team = team_of(dtype)
+        team.lock.acquire()
+        self._team, self._dtype = team, dtype
+        self._slot = team.open_slot(is_timed=self.profile is not None)
+
+    def _begin(self) -> None:
+        """Wake the others, once there is enough to do."""
+        assert self._slot is not None
+        assert self._team is not None
+        if not self._has_begun and (num_threads := threads.wake(self._num_products)) > 1:
+            self._has_begun = True
+            self._team.begin(self._slot, num_threads - 1)
 
 
-def _scratch(num_threads: int) -> Any:
-    """[threads, floats], each thread's at the start of a cache line as torch's memory is."""
-    return torch.zeros(num_threads, SCRATCH_FLOATS).numpy()
+@cache
+def team_of(dtype: torch.dtype) -> Team:
+    """The one team of this process for an element type."""
+    return Team(dtype)
 
 
 class Profile:
@@ -159,14 +173,18 @@ class Profile:
         self._began = time.perf_counter_ns()
         self._began_clock: int | None = None
 
-    def saw(self, kinds: Any, clock: Any) -> None:
-        """A program of operations of these kinds ran; `clock` as kernels/cpu/execute has it."""
+    def saw(self, slot: Slot, num_operations: int) -> None:
+        """The program in a slot is done."""
+        clock = slot.clock(num_operations)
+        if clock is None:
+            return
         self.num_programs += 1
         now, now_clock = time.perf_counter_ns(), int(clock[-1])
         if self._began_clock is None:
             self._began, self._began_clock = now, now_clock
             return
         ns_per_tick = (now - self._began) / max(now_clock - self._began_clock, 1)
+        kinds = slot.words[WORDS_AT : WORDS_AT + num_operations * WORDS : WORDS]
         for kind, ticks in zip(kinds.tolist(), np.diff(clock).tolist(), strict=True):
             self.seconds[kind] += ticks * ns_per_tick * 1e-9
             self.counts[kind] += 1
