@@ -272,9 +272,9 @@ def test_the_bases_head_is_computed_once_or_if_every_row_has_its_own_never(
     decoder, calls = peft.decoder(reference), []
     multiply = decoder.lm_head.multiply
 
-    def recorded(x_TI: Tensor) -> Tensor:
+    def recorded(x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         calls.append(len(x_TI))
-        return multiply(x_TI)
+        return multiply(x_TI, bias_O)
 
     monkeypatch.setattr(decoder.lm_head, "multiply", recorded)
     run(decoder, peft.pool.adapt(peft.batch({"a": prompt(4)}), rows))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from kernel_cases import BACKENDS, THREAD_COUNTS, use_all_threads
 from loraswarm.kernels import HeadNorms, cpu, reference
-from loraswarm.models.layers.norm import normalize
 from loraswarm.models.layers.rope import Rotation
 from tolerance import TOLERANCE, assert_close
 
@@ -59,7 +59,7 @@ def expected_of(case, norms=None):
     num_kv_heads = pages.shape[3]
     qk_TNE, v_TKE = qkv_TNE[:, :-num_kv_heads], qkv_TNE[:, -num_kv_heads:]
     if norms is not None:
-        qk_TNE = normalize(qk_TNE, norms.eps)
+        qk_TNE = F.rms_norm(qk_TNE, qk_TNE.shape[-1:], None, norms.eps)
         qk_TNE[:, :num_heads].mul_(norms.q_weight_E)
         qk_TNE[:, num_heads:].mul_(norms.k_weight_E)
     Rotation(case["cos_T1E"], case["sin_T1E"]).apply_(qk_TNE)

@@ -325,6 +325,8 @@ def test_a_random_mix_under_pressure_is_answered_as_without_cached_prefixes(
     found = run_tokens(engine, requests)
     for request in requests:
         assert found[request.request_id] == run_tokens(plain, [request])[request.request_id]
+    for _ in range(2):  # under this pressure all hits of the mix may fail, as loads happen to end
+        assert run_tokens(engine, requests[:1]) == run_tokens(plain, requests[:1])
     stats = engine.stats()
     assert stats.total_prefix_hit_tokens > 0
     assert stats.total_prefix_evictions > 0

@@ -19,10 +19,15 @@ def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor on the CPU; zeros, and memory that is taken when first written.
 
     Ordinary memory if it is small, or where the system knows no huge pages.
+
+    Raises    RuntimeError if there is not so much memory, as torch does.
     """
     num_bytes = prod(shape) * dtype.itemsize
     if num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype)
-    memory = mmap.mmap(-1, num_bytes)
+    try:
+        memory = mmap.mmap(-1, num_bytes)
+    except (OSError, OverflowError, ValueError) as error:
+        raise RuntimeError(f"no memory for a tensor of {num_bytes} bytes") from error
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -204,7 +204,8 @@ class Buffers:
         for block, storage in blocks:
             if torch._C._storage_Use_Count(storage._cdata) == NOBODY_ELSE:
                 return torch.as_strided(block, shape, _strides(shape))
-        new = torch.empty(1 << size_class, dtype=dtype)
+        with torch.inference_mode(False):  # or the block could be written to in that mode only
+            new = torch.empty(1 << size_class, dtype=dtype)
         blocks.append((new, new.untyped_storage()))
         return torch.as_strided(new, shape, _strides(shape))
 

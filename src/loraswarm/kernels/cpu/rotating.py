@@ -20,6 +20,7 @@ from loraswarm.kernels.cpu.vectors import (
     broadcast,
     float_of_bits,
     load,
+    load_part,
     multiply,
     multiply_add,
     rounded,
@@ -97,18 +98,16 @@ def _turn_head(source: Any, target: Any, size: int, turn: Turn) -> None:
 
 @called
 def _normalizer(source: Any, size: int, eps: float) -> Any:
-    """What makes the mean square of a head 1."""
-    zero, one = zeros(LANES), zeros(1)
-    squares, rest = zero, one
+    """What makes the mean square of a head 1; as kernels/cpu/norm computes it, to the bit."""
+    squares = zeros(LANES)
     whole = size // LANES * LANES
     for i in range(0, whole, LANES):
-        value = load(zero, source, i)
+        value = load(squares, source, i)
         squares = multiply_add(value, value, squares)
-    for i in range(whole, size):
-        value_1 = load(one, source, i)
-        rest = multiply_add(value_1, value_1, rest)
-    mean = (total(squares) + total(rest)) / np.float32(size)
-    return np.float32(1) / np.sqrt(mean + eps)
+    if whole < size:
+        value = load_part(squares, source, whole, size - whole)
+        squares = multiply_add(value, value, squares)
+    return np.float32(1) / np.sqrt(total(squares) / np.float32(size) + eps)
 
 
 @inlined

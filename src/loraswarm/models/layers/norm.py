@@ -8,20 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from loraswarm.kernels import HeadNorms
 from loraswarm.kernels.overlay import Overlay, Overlays, row_blocks
 from loraswarm.models.layers.backend import Backend
-
-
-def normalize(x: Tensor, eps: float) -> Tensor:
-    """Scale the last dimension to a mean square of 1; a new tensor.
-
-    Semantics    x / sqrt(mean(x ** 2) + eps), in float32, rounded once to x's dtype.
-    """
-    return F.rms_norm(x, x.shape[-1:], None, eps)
 
 
 def scale_(x: Tensor, weight_D: Tensor, overlays: tuple[Overlay, ...], pool: Tensor) -> None:
@@ -82,6 +73,7 @@ class QKNorm:
     def __init__(self, backend: Backend, path: str, num_heads: int, size: int, eps: float) -> None:
         self.q_weight_E = backend.allocate(size)
         self.k_weight_E = backend.allocate(size)
+        self._kernels = backend.kernels
         self._num_heads = num_heads
         self._eps = eps
         self._q_path, self._k_path = f"{path}.q_norm", f"{path}.k_norm"
@@ -94,8 +86,11 @@ class QKNorm:
         return self._factors
 
     def forward(self, qk_TNE: Tensor, overlays: Overlays, pool: Tensor) -> Tensor:
-        """[T, N, E] of qk's dtype, a new tensor."""
-        qk_TNE = normalize(qk_TNE, self._eps)
+        """[T, N, E] of qk's dtype, a new tensor. Nothing may be recorded and not yet done."""
+        rows_RE = qk_TNE.reshape(-1, qk_TNE.shape[2])
+        normed_RE = self._kernels.add_rms_norm_(rows_RE, None, None, self._eps)
+        self._kernels.finish()
+        qk_TNE = normed_RE.view(qk_TNE.shape)
         q_THE, k_TKE = qk_TNE[:, : self._num_heads], qk_TNE[:, self._num_heads :]
         scale_(q_THE, self.q_weight_E, overlays.get(self._q_path, ()), pool)
         scale_(k_TKE, self.k_weight_E, overlays.get(self._k_path, ()), pool)
