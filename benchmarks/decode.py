@@ -93,11 +93,12 @@ def measure(engine: Engine, options: argparse.Namespace) -> list[Measured]:
 
 
 def bytes_per_step(engine: Engine, adapters: list[str | None], context: int) -> int:
-    """Weights once, each distinct adapter once, K and V of every sequence."""
+    """Matrices once, each distinct adapter once, K and V of every sequence."""
     sizes = {row.name: row.num_bytes for row in engine.adapters()}
     distinct = {name for name in adapters if name is not None}
     kv_bytes = len(adapters) * context * engine.info.page_bytes // engine.info.page_tokens
-    return engine.info.weight_bytes + sum(sizes[name] for name in distinct) + kv_bytes
+    matrix_bytes = sum(weight.nbytes for weight in engine.decoder.matrices())
+    return matrix_bytes + sum(sizes[name] for name in distinct) + kv_bytes
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loraswarm.kernels import AttentionWork, TileTable, cpu, reference
-from loraswarm.kernels.cpu import jit
+from loraswarm.kernels.cpu import jit, program
 from tile_factory import SiteWeights, TilePool
 
 PATTERNS = ("distinct", "uniform", "zipf", "identical", "skewed")
@@ -43,6 +43,7 @@ THREAD_COUNTS = [count for count in (1, 2, 4) if count <= (NUM_CPUS or 1)]
 def use_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """For one test: even the smallest call is spread over threads."""
     monkeypatch.setattr(jit, "PARALLEL_PRODUCTS", 0)
+    monkeypatch.setattr(program, "RECORDED_PRODUCTS", 0)
     monkeypatch.setattr(jit.threads, "_count", THREAD_COUNTS[-1])
 
 

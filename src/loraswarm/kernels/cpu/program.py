@@ -45,6 +45,9 @@ from loraswarm.kernels.cpu.team import (
 __all__ = ["SCRATCH_FLOATS", "Profile", "Program", "programs"]
 
 PUBLISHED_TOGETHER = 4
+RECORDED_PRODUCTS = 1 << 18
+"""Multiply-adds of an operation that take longer than recording it: others begin before the end of
+the recording if there are so many on average, and do not wait for it in vain."""
 NOBODY_ELSE = 2  # references to a block: its tensor here and the storage beside it
 _PACKERS = [
     Struct(f"{FIRST_ARGUMENT + count}q").pack_into for count in range(WORDS - FIRST_ARGUMENT + 1)
@@ -107,7 +110,8 @@ class Program(threading.local):
             self.finish()
         elif self._num_operations % PUBLISHED_TOGETHER == 0:
             publish(self._slot.address, self._num_operations, False)
-            self._begin()
+            if self._num_products >= RECORDED_PRODUCTS * self._num_operations:
+                self._begin()
 
     def hold(self, *objects: object) -> None:
         """Keep objects alive until the program is done."""
