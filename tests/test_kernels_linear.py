@@ -33,6 +33,14 @@ def test_packing_keeps_every_bit(in_features, out_features):
     assert torch.equal(pack_linear(weight).unpack(), weight)
 
 
+@pytest.mark.parametrize(("in_features", "out_features"), SIZES)
+def test_rows_are_looked_up_in_a_packed_weight(in_features, out_features):
+    _, weight, _ = case(1, in_features, out_features)
+    ids = torch.tensor([out_features - 1, 0, out_features // 2, 0])
+    assert torch.equal(pack_linear(weight).look_up(ids), weight[ids])
+    assert pack_linear(weight).look_up(ids[:0]).shape == (0, in_features)
+
+
 @pytest.mark.parametrize("num_rows", ROWS)
 @pytest.mark.parametrize(("in_features", "out_features"), SIZES)
 def test_product_equals_torch_rounded_once(num_rows, in_features, out_features):

@@ -159,7 +159,7 @@ class _Calibration:
         sizes = [each.num_bytes for each in transfers]
         figures = CostFigures(
             model=info.model,
-            dtype=str(decoder.embedding_VD.dtype).removeprefix("torch."),
+            dtype=str(decoder.dtype).removeprefix("torch."),
             quantize=self.config.quantize,
             num_threads=self.config.num_threads or torch.get_num_threads(),
             weight_bytes=info.weight_bytes,

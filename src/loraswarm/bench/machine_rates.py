@@ -69,7 +69,7 @@ def _gemm_rates(decoder: Decoder, clock: Clock, rows: Sequence[int]) -> list[Gem
 
     def inputs(width: int) -> list[Tensor]:
         sizes = [(num_rows, width) for num_rows in rows]
-        dtype = decoder.embedding_VD.dtype
+        dtype = decoder.dtype
         return [torch.randn(size, generator=generator).to(dtype) for size in sizes]
 
     for index, name in enumerate(LINEARS):

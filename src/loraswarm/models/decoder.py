@@ -58,23 +58,25 @@ class DecoderLayer:
 class Decoder:
     """A causal language model. Built with uninitialised weights; `models/loader` fills them.
 
-    With tied embeddings `lm_head` holds `embedding_VD` itself until it is packed, which makes it a
-    second copy: looking up rows needs them in order. `weight` and `bias` are the BaseWeights that
+    With tied embeddings `lm_head` holds the table of embeddings itself until it is packed, which
+    makes it a second copy, unless tokens can be looked up in it (`share_head`). `weight` and `bias` are the BaseWeights that
     methods are read with whose update depends on the base.
     """
 
     def __init__(self, backend: Backend, config: DecoderConfig) -> None:
         self.config = config
         self._kernels = backend.kernels
-        self.embedding_VD = backend.allocate(config.vocab_size, config.hidden_size)
+        self.dtype = backend.dtype
+        table_VD = backend.allocate(config.vocab_size, config.hidden_size)
+        self._table_VD: Tensor | None = table_VD
         self.layers = [DecoderLayer(backend, config, layer) for layer in range(config.num_layers)]
         self.norm = RMSNorm(backend, FINAL_NORM, config.hidden_size, config.rms_norm_eps)
-        lm_head_VD = self.embedding_VD
+        lm_head_VD = table_VD
         if not config.ties_embeddings:
             lm_head_VD = backend.allocate(config.vocab_size, config.hidden_size)
         self.lm_head = Weight(lm_head_VD)
         self.shape = shape = config.shape()
-        self.embedding = Embedding(backend, shape, self.embedding_VD)
+        self.embedding = Embedding(backend, shape, table_VD)
         self.head = LmHead(backend, shape, self.lm_head)
         self.rope = RopeTable(backend, config)
         self._has_own_head = not config.ties_embeddings
@@ -132,6 +134,20 @@ class Decoder:
         self.lm_head = self.head.weight = weight
         self._has_own_head = True
 
+    @property
+    def embedding_VD(self) -> Tensor:
+        """[V, D], the table of embeddings, or a copy of the same bits once it is shared."""
+        return self.lm_head.rows if self._table_VD is None else self._table_VD
+
+    def share_head(self) -> None:
+        """Look tokens up in the packed lm_head, if it is tied and its order allows, and keep no
+        table beside it."""
+        panels = self.lm_head.panels
+        if self._table_VD is None or panels is None or self._has_own_head:
+            return
+        self._other_bytes -= self._table_VD.nbytes
+        self._table_VD, self.embedding.table = None, panels
+
     def weight(self, path: str) -> Tensor:
         """The weight at `path`, a linear, the embedding or the lm_head, in the base's dtype.
 
@@ -142,7 +158,7 @@ class Decoder:
         best asked for one after the other.
         """
         if path == EMBEDDING or (path == LM_HEAD and not self._has_own_head):
-            return self.embedding_VD
+            return self._rows(self.lm_head) if self._table_VD is None else self._table_VD
         if path == LM_HEAD:
             return self._rows(self.lm_head)
         assert path in self._linears, path

@@ -56,6 +56,7 @@ def load_decoder(
     if can_pack(backend.dtype, backend.device):
         for weight in tqdm(decoder.matrices(), desc="packing", disable=None):
             weight.pack_(backend.kernels)
+    decoder.share_head()
     return decoder
 
 

@@ -54,6 +54,12 @@ class PackedWeight:
         rows = panels.permute(0, 2, 1, 3).reshape(-1, self.in_features)
         return rows[: self.out_features]
 
+    def look_up(self, row_T: Tensor) -> Tensor:
+        """[T, I]: the rows with these numbers, int64 below O; a copy of the same bits."""
+        panels = self.panels.view(-1, self.in_features // 2, PANEL_COLUMNS, 2)
+        pairs = panels[row_T // PANEL_COLUMNS, :, row_T % PANEL_COLUMNS]
+        return pairs.view(-1, self.in_features)
+
     def plan(self, num_tokens: int) -> tuple[int, tuple[int, int, int]]:
         """How many items a product with so many rows has, and (panels an item, groups of panels,
         rows an item)."""

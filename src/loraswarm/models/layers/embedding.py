@@ -7,6 +7,8 @@ Legend: T tokens, V vocabulary, D hidden, R rank columns.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -20,10 +22,10 @@ from loraswarm.models.layers.backend import Backend
 
 
 class Embedding:
-    """Rows of `table_VD` [V, D], which the decoder owns."""
+    """Rows of `table` [V, D], which the decoder owns; it may be packed by the kernels."""
 
-    def __init__(self, backend: Backend, shape: BaseShape, table_VD: Tensor) -> None:
-        self._table_VD = table_VD
+    def __init__(self, backend: Backend, shape: BaseShape, table: Tensor) -> None:
+        self.table: Any = table
         self._site = shape.embedding_site
         self._kernels = backend.kernels
 
@@ -34,7 +36,7 @@ class Embedding:
             y[t] = row i of the overlay that replaces it, else of the table
             y[t] = g * (y[t] + v * (Bt^T (scale * u * At[i]))) + c, with tiles or gains
         """
-        x_TD = F.embedding(batch.token_ids, self._table_VD)
+        x_TD = self._look_up(batch.token_ids)
         for overlay in batch.overlays.get(EMBEDDING, ()):
             tokens = slice(overlay.begin, overlay.end)
             ids_T = batch.token_ids[tokens]
@@ -45,6 +47,12 @@ class Embedding:
             bounds = (0, x_TD.shape[1])
             self._kernels.lora_expand_(x_TD, h_QTR, batch.pool, tiles, self._site, bounds)
         return x_TD
+
+    def _look_up(self, ids_T: Tensor) -> Tensor:
+        if isinstance(self.table, Tensor):
+            return F.embedding(ids_T, self.table)
+        rows_TD: Tensor = self.table.look_up(ids_T)
+        return rows_TD
 
     def _shrink(self, batch: Batch, tiles: TileTable) -> Tensor:
         """A times the one-hot of each token is a row of At: h [1, T, R] float32.
