@@ -113,12 +113,15 @@ def score_keys(rows: Rows, width: int, scratch: Scratch) -> None:
         if multiplies_pairs(rows.queries):
             queries = memory_at(rows.queries, address_of(scratch.queries))
             num_pairs = (rows.head_size + 1) // 2
+            keys = memory_at(queries, address_of(scratch.keys))
             dot_panel(
                 moved(queries, row * width),
                 width,
                 num_rows,
-                memory_at(queries, address_of(scratch.keys)),
+                keys,
                 num_pairs,
+                keys,
+                0,
                 scores,
             )
         else:

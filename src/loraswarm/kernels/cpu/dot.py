@@ -25,7 +25,9 @@ MAX_ROWS = 12
 """24 sums and 2 vectors of weights, of 32 registers."""
 _LANES = 16
 _VECTORS = PANEL_COLUMNS // _LANES
-_PREFETCHED_BYTES = 2048
+FIRST_CACHE, SECOND_CACHE = 3, 2  # as LLVM counts what is prefetched
+_AHEAD_VECTORS = 32  # 2 KiB
+CHUNK_PAIRS = 32
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _FLOATS = ir.VectorType(ir.FloatType(), _LANES)
@@ -57,27 +59,36 @@ _BFLOATS = ir.VectorType(_BFloat(), 2 * _LANES)
 
 @intrinsic
 def _dot_panel(
-    context: Any, x: Any, x_stride: Any, num_rows: Any, panel: Any, num_pairs: Any, sums: Any
+    context: Any,
+    x: Any,
+    x_stride: Any,
+    num_rows: Any,
+    panel: Any,
+    num_pairs: Any,
+    fetched: Any,
+    num_lines: Any,
+    sums: Any,
 ) -> Any:
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        x, x_stride, num_rows, panel, num_pairs, sums = values
+        x, x_stride, num_rows, *others = values
         end = builder.append_basic_block("end")
         switch = builder.switch(num_rows, end)
         for rows in range(1, MAX_ROWS + 1):
             block = builder.append_basic_block(f"rows_{rows}")
             switch.add_case(num_rows.type(rows), block)
             with builder.goto_block(block):
-                _generate_rows(builder, rows, (x, x_stride, panel, num_pairs, sums))
+                _generate_rows(builder, rows, (x, x_stride, *others))
                 builder.branch(end)
         builder.position_at_end(end)
         return context.get_dummy_value()
 
-    return types.void(x, types.intp, types.intp, panel, types.intp, sums), generate
+    number = types.intp
+    return types.void(x, number, number, panel, number, panel, number, sums), generate
 
 
 def _generate_rows(builder: Any, num_rows: int, operands: Any) -> None:
     """The product for one number of rows: its sums stay in registers."""
-    x, x_stride, panel, num_pairs, sums = operands
+    x, x_stride, panel, num_pairs, fetched, num_lines, sums = operands
     zero = ir.Constant(_FLOATS, [ir.Constant(ir.FloatType(), 0.0)] * _LANES)
     places = [
         [cgutils.alloca_once_value(builder, zero) for _ in range(_VECTORS)] for _ in range(num_rows)
@@ -87,20 +98,39 @@ def _generate_rows(builder: Any, num_rows: int, operands: Any) -> None:
         for row in range(num_rows)
     ]
     weights = builder.bitcast(panel, _BFLOATS.as_pointer())
-    with cgutils.for_range(builder, num_pairs) as loop:
-        first = builder.mul(loop.index, _I64(_VECTORS))
-        columns = []
-        for i in range(_VECTORS):
-            place = builder.gep(weights, [builder.add(first, _I64(i))])
-            columns.append(builder.load(place, align=2))
-            _prefetch(builder, place)
-        for row in range(num_rows):
-            pair = _broadcast_pair(builder, builder.gep(rows[row], [loop.index]))
-            for place, column in zip(places[row], columns, strict=True):
-                builder.store(_multiply_pairs(builder, builder.load(place), column, pair), place)
+    chunk_pairs = _I64(CHUNK_PAIRS)
+    num_chunks = builder.udiv(builder.add(num_pairs, _I64(CHUNK_PAIRS - 1)), chunk_pairs)
+    with cgutils.for_range(builder, num_chunks) as chunk:
+        first_pair = builder.mul(chunk.index, chunk_pairs)
+        left = builder.sub(num_pairs, first_pair)
+        is_last = builder.icmp_unsigned("<", left, chunk_pairs)
+        count = builder.select(is_last, left, chunk_pairs)
+        with cgutils.for_range(builder, count) as loop:
+            pair_index = builder.add(first_pair, loop.index)
+            _generate_step(builder, (weights, rows, places), pair_index)
+        first_line = builder.mul(chunk.index, num_lines)
+        with cgutils.for_range(builder, num_lines) as loop:
+            line = builder.mul(builder.add(first_line, loop.index), _I64(2 * _LANES))
+            _prefetch(builder, builder.gep(fetched, [line]), SECOND_CACHE)
     target = builder.bitcast(sums, _FLOATS.as_pointer())
     for index, place in enumerate(place for row in places for place in row):
         builder.store(builder.load(place), builder.gep(target, [_I64(index)]), align=4)
+
+
+def _generate_step(builder: Any, operands: Any, index: Any) -> None:
+    """One pair of every row with one of every column. Addresses of all rows and little else fit
+    the registers, so what is far ahead is fetched elsewhere."""
+    weights, rows, places = operands
+    first = builder.mul(index, _I64(_VECTORS))
+    columns = []
+    for i in range(_VECTORS):
+        place = builder.gep(weights, [builder.add(first, _I64(i))])
+        columns.append(builder.load(place, align=2))
+        _prefetch(builder, builder.gep(place, [_I64(_AHEAD_VECTORS)]), FIRST_CACHE)
+    for row, sums in zip(rows, places, strict=True):
+        pair = _broadcast_pair(builder, builder.gep(row, [index]))
+        for place, column in zip(sums, columns, strict=True):
+            builder.store(_multiply_pairs(builder, builder.load(place), column, pair), place)
 
 
 def _broadcast_pair(builder: Any, place: Any) -> Any:
@@ -118,21 +148,39 @@ def _multiply_pairs(builder: Any, sums: Any, a: Any, b: Any) -> Any:
     )
 
 
-def _prefetch(builder: Any, place: Any) -> None:
+def _prefetch(builder: Any, place: Any, cache: int) -> None:
+    """Bring the cache line at `place` into one of the core's caches, and those behind it."""
     byte = ir.IntType(8).as_pointer()
-    ahead = builder.gep(builder.bitcast(place, byte), [_I64(_PREFETCHED_BYTES)])
     function_type = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
     function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-    builder.call(function, [ahead, _I32(0), _I32(3), _I32(1)])
+    builder.call(function, [builder.bitcast(place, byte), _I32(0), _I32(cache), _I32(1)])
 
 
 @called
-def _dot(x: Any, x_stride: int, num_rows: int, panel: Any, num_pairs: int, sums: Any) -> None:
-    _dot_panel(x, x_stride, num_rows, panel, num_pairs, sums)
+def _dot(
+    x: Any,
+    x_stride: int,
+    num_rows: int,
+    panel: Any,
+    num_pairs: int,
+    fetched: Any,
+    num_lines: int,
+    sums: Any,
+) -> None:
+    _dot_panel(x, x_stride, num_rows, panel, num_pairs, fetched, num_lines, sums)
 
 
 @called
-def _nothing(x: Any, x_stride: int, num_rows: int, panel: Any, num_pairs: int, sums: Any) -> None:
+def _nothing(
+    x: Any,
+    x_stride: int,
+    num_rows: int,
+    panel: Any,
+    num_pairs: int,
+    fetched: Any,
+    num_lines: int,
+    sums: Any,
+) -> None:
     """Stands in where the CPU lacks the instruction, and is never run: nothing is packed there."""
 
 
@@ -140,4 +188,5 @@ dot_panel = _dot if HAS_DOT else _nothing
 """sums[r, c] = sum over k of x[r, k] * w[c, k] for 1 to 12 rows r and the 32 columns of a panel.
 
 `x` and `panel` point to bfloat16 bits, `sums` [rows, 32] to float32; rows of x are `x_stride`
-elements apart and have `2 * num_pairs` elements."""
+elements apart and have `2 * num_pairs` elements. Meanwhile cache lines from `fetched` on are brought
+near, `num_lines` after each CHUNK_PAIRS pairs: what will be needed next."""

@@ -51,6 +51,11 @@ class Threads:
     def max_count(self) -> int:
         return int(numba.config.NUMBA_NUM_THREADS)
 
+    @property
+    def count(self) -> int:
+        """How many threads share large work."""
+        return self._count
+
     def wake(self, num_products: int) -> int:
         """How many threads to use for so many multiply-adds: one, if waking the others would take
         longer than the work."""

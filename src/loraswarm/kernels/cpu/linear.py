@@ -13,8 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraswarm.kernels.cpu.dot import HAS_DOT, MAX_ROWS, PANEL_COLUMNS, dot_panel
-from loraswarm.kernels.cpu.jit import called
+from loraswarm.kernels.cpu.dot import (
+    CHUNK_PAIRS,
+    HAS_DOT,
+    MAX_ROWS,
+    PANEL_COLUMNS,
+    dot_panel,
+)
+from loraswarm.kernels.cpu.jit import called, threads
 from loraswarm.kernels.cpu.memory import float_at, memory_at, moved
 from loraswarm.kernels.cpu.vectors import (
     add,
@@ -27,6 +33,8 @@ from loraswarm.kernels.cpu.vectors import (
 from loraswarm.kernels.huge_pages import empty_in_huge_pages
 
 LANES = 16
+LINE_ELEMENTS = 32
+LINES_PER_PAIR = 2 * PANEL_COLUMNS // LINE_ELEMENTS
 ROWS_PER_ITEM = 192
 ITEM_PRODUCTS = 1 << 21
 ITEM_BYTES = 1 << 18
@@ -129,6 +137,7 @@ def linear_arguments(
         y_TO.stride(0),
         y_TO.dtype == torch.float32,
         *cut,
+        threads.count,
     )
 
 
@@ -142,13 +151,29 @@ def linear_item(arguments: Any, item: int, scratch: Any, like: Any) -> None:
     first_panel = item % num_groups * panels_per_item
     first_row = item // num_groups * rows_per_item
     end_row = min(first_row + rows_per_item, num_tokens)
-    for panel in range(first_panel, min(first_panel + panels_per_item, num_panels)):
-        weights = moved(panels, panel * num_pairs * 2 * PANEL_COLUMNS)
+    end_panel = min(first_panel + panels_per_item, num_panels)
+    panel_elements = num_pairs * 2 * PANEL_COLUMNS
+    num_blocks = (end_row - first_row + MAX_ROWS - 1) // MAX_ROWS
+    # While a panel is multiplied, the one that this thread probably takes next is fetched: evenly,
+    # so that memory and arithmetic are busy side by side.
+    lines_per_chunk = (LINES_PER_PAIR * CHUNK_PAIRS + num_blocks - 1) // max(num_blocks, 1)
+    lines_per_block = lines_per_chunk * ((num_pairs + CHUNK_PAIRS - 1) // CHUNK_PAIRS)
+    for panel in range(first_panel, end_panel):
+        weights = moved(panels, panel * panel_elements)
+        next_panel = panel + 1
+        if next_panel == end_panel:
+            next_panel = first_panel + arguments[14] * panels_per_item
+        fetched = weights
+        if next_panel < num_panels:
+            fetched = moved(panels, next_panel * panel_elements)
         row = first_row
-        while row < end_row:
-            num_blocks = (end_row - row + MAX_ROWS - 1) // MAX_ROWS
-            num_rows = (end_row - row + num_blocks - 1) // num_blocks
-            dot_panel(moved(x, row * x_stride), x_stride, num_rows, weights, num_pairs, scratch)
+        for block in range(num_blocks):
+            num_rows = (end_row - row + num_blocks - block - 1) // (num_blocks - block)
+            part = moved(fetched, block * lines_per_block * LINE_ELEMENTS)
+            x_rows = moved(x, row * x_stride)
+            dot_panel(
+                x_rows, x_stride, num_rows, weights, num_pairs, part, lines_per_chunk, scratch
+            )
             _write_sums(arguments, row, num_rows, panel * PANEL_COLUMNS, scratch, like)
             row += num_rows
 
