@@ -59,8 +59,8 @@ class Decoder:
     """A causal language model. Built with uninitialised weights; `models/loader` fills them.
 
     With tied embeddings `lm_head` holds the table of embeddings itself until it is packed, which
-    makes it a second copy, unless tokens can be looked up in it (`share_head`). `weight` and `bias` are the BaseWeights that
-    methods are read with whose update depends on the base.
+    makes it a second copy, unless tokens can be looked up in it (`share_head`). `weight` and `bias`
+    are the BaseWeights that methods are read with whose update depends on the base.
     """
 
     def __init__(self, backend: Backend, config: DecoderConfig) -> None:
@@ -135,7 +135,7 @@ class Decoder:
         self._has_own_head = True
 
     @property
-    def embedding_VD(self) -> Tensor:
+    def embedding_VD(self) -> Tensor:  # noqa: N802
         """[V, D], the table of embeddings, or a copy of the same bits once it is shared."""
         return self.lm_head.rows if self._table_VD is None else self._table_VD
 

@@ -1,4 +1,4 @@
-"""The kernels for CPUs: Numba for decode, attention and short prefills, torch where it is faster.
+"""The kernels for CPUs, in Numba.
 
 Same functions and semantics as `kernels.reference`. Importing it loads Numba; nothing compiles
 before the first call or `warm_up`. Called by models and by whoever starts an engine.

@@ -188,5 +188,5 @@ dot_panel = _dot if HAS_DOT else _nothing
 """sums[r, c] = sum over k of x[r, k] * w[c, k] for 1 to 12 rows r and the 32 columns of a panel.
 
 `x` and `panel` point to bfloat16 bits, `sums` [rows, 32] to float32; rows of x are `x_stride`
-elements apart and have `2 * num_pairs` elements. Meanwhile cache lines from `fetched` on are brought
-near, `num_lines` after each CHUNK_PAIRS pairs: what will be needed next."""
+elements apart and have `2 * num_pairs` elements. Meanwhile cache lines from `fetched` on are
+brought near, `num_lines` after each CHUNK_PAIRS pairs: what will be needed next."""

@@ -40,6 +40,7 @@ from loraswarm.kernels.cpu.team import (
     Slot,
     Team,
     publish,
+    ticks_now,
 )
 
 __all__ = ["SCRATCH_FLOATS", "Profile", "Program", "programs"]
@@ -48,6 +49,7 @@ PUBLISHED_TOGETHER = 4
 RECORDED_PRODUCTS = 1 << 18
 """Multiply-adds of an operation that take longer than recording it: others begin before the end of
 the recording if there are so many on average, and do not wait for it in vain."""
+CLOCK_SAMPLE_S = 0.05
 NOBODY_ELSE = 2  # references to a block: its tensor here and the storage beside it
 _PACKERS = [
     Struct(f"{FIRST_ARGUMENT + count}q").pack_into for count in range(WORDS - FIRST_ARGUMENT + 1)
@@ -167,31 +169,36 @@ def team_of(dtype: torch.dtype) -> Team:
 class Profile:
     """Where the time of programs goes: set as `programs.profile`, it sees every one that runs.
 
-    Seconds by kind of operation. What is between two programs is not in it.
+    Seconds by kind of operation. What is between two programs is not in it. A program that was over
+    before the thread with the clock came to it counts among `num_unseen` only.
     """
 
     def __init__(self) -> None:
         self.seconds: Counter[int] = Counter()
         self.counts: Counter[int] = Counter()
         self.num_programs = 0
-        self._began = time.perf_counter_ns()
-        self._began_clock: int | None = None
+        self.num_unseen = 0
+        self._ns_per_tick = _ns_per_tick()
 
     def saw(self, slot: Slot, num_operations: int) -> None:
         """The program in a slot is done."""
+        self.num_programs += 1
         clock = slot.clock(num_operations)
         if clock is None:
+            self.num_unseen += 1
             return
-        self.num_programs += 1
-        now, now_clock = time.perf_counter_ns(), int(clock[-1])
-        if self._began_clock is None:
-            self._began, self._began_clock = now, now_clock
-            return
-        ns_per_tick = (now - self._began) / max(now_clock - self._began_clock, 1)
         kinds = slot.words[WORDS_AT : WORDS_AT + num_operations * WORDS : WORDS]
         for kind, ticks in zip(kinds.tolist(), np.diff(clock).tolist(), strict=True):
-            self.seconds[kind] += ticks * ns_per_tick * 1e-9
+            self.seconds[kind] += ticks * self._ns_per_tick * 1e-9
             self.counts[kind] += 1
+
+
+@cache
+def _ns_per_tick() -> float:
+    """Nanoseconds of a tick of the clock that programs are timed with."""
+    began, began_ticks = time.perf_counter_ns(), ticks_now()
+    time.sleep(CLOCK_SAMPLE_S)
+    return (time.perf_counter_ns() - began) / max(ticks_now() - began_ticks, 1)
 
 
 class Buffers:

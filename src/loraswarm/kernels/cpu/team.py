@@ -42,6 +42,7 @@ from loraswarm.kernels.cpu.memory import (
     int64_at,
     moved,
     read_atomically,
+    read_clock,
     relax,
     swap_atomically,
     wait_at_pipe,
@@ -117,6 +118,12 @@ def _walk_slot(slot: Any, is_timed: bool, scratch: int, like: Any) -> None:
         moved(slot, WORDS_AT), moved(slot, COUNTERS_AT), slot, moved(slot, CLOCK_AT), is_timed
     )
     walk_program(walk, float_at(scratch), memory_of(like, 0))
+
+
+@kernel
+def ticks_now() -> int:
+    """The clock of programs."""
+    return int(read_clock())
 
 
 @kernel
