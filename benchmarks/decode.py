@@ -10,7 +10,6 @@ step must read and the rate at which it read them beside the machine's own.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -24,11 +23,15 @@ os.environ.update(ENGINE_ENVIRONMENT | os.environ)  # before torch is imported
 
 import torch
 
+from document import json_path, write_document
 from loraswarm.config import EngineConfig
 from loraswarm.core.request import Request, SamplingParams
 from loraswarm.engine.engine import Engine
 from loraswarm.engine.setup import build_engine
 from random_swarm import write_swarm
+
+
+PREFILL_TOKENS = 256  # of a step beside a decoding batch: fewer than the engine takes
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,35 @@ class Measured:
     gb_per_s: float
 
 
+def max_output_tokens(batch: int, context: int, steps: int) -> int:
+    """So many that no row ends before the last of `steps`, which begin when every row has started.
+
+    A row that was prefilled first decodes while the others are prefilled, PREFILL_TOKENS of them
+    or more a step.
+    """
+    return steps + 8 + batch * context // PREFILL_TOKENS
+
+
+def engine_limits(batch: int, context: int, steps: int) -> dict[str, int]:
+    """Options of an engine that can have such a batch in flight."""
+    longest = context + max_output_tokens(batch, context, steps)
+    return {"max_model_len": max(1024, longest), "max_num_sequences": max(128, batch)}
+
+
+def full_step_s(engine: Engine, num_rows: int) -> float:
+    """Seconds of one step, in which every row must get its token."""
+    begin = time.perf_counter()
+    num_events = len(engine.step())
+    seconds = time.perf_counter() - begin
+    assert num_events == num_rows, f"a step of {num_events} rows among steps of {num_rows}"
+    return seconds
+
+
 def run_round(engine: Engine, adapters: list[str | None], context: int, steps: int) -> float:
     """Seconds per decode step of one batch around the given context length."""
     num_prompt = context - steps // 2
-    params = SamplingParams(max_tokens=steps + 4, temperature=0.0, ignore_eos=True)
+    max_tokens = max_output_tokens(len(adapters), context, steps)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     for index, adapter in enumerate(adapters):
         prompt = tuple((index * 7919 + i * 31) % 4000 + 1 for i in range(num_prompt))
         engine.add(
@@ -54,15 +82,9 @@ def run_round(engine: Engine, adapters: list[str | None], context: int, steps: i
     started: set[str] = set()
     while len(started) < len(adapters):
         started |= {event.request_id for event in engine.step()}
-    times = []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        num_events = len(engine.step())
-        times.append(time.perf_counter() - begin)
-        if num_events < len(adapters):
-            break
+    times = [full_step_s(engine, len(adapters)) for _ in range(steps)]
     engine.abort_all()
-    return statistics.median(times[1:-1])
+    return statistics.median(times[1:])
 
 
 def read_bandwidth(num_bytes: int = 1 << 30) -> float:
@@ -110,19 +132,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", default="qwen2.5-0.5b")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=json_path)
     options = parser.parse_args()
+    if options.steps < 2 or options.context <= options.steps // 2:
+        parser.error("--steps must be 2 or more, --context more than half of it")
     with tempfile.TemporaryDirectory() as directory:
         write_swarm(Path(directory), options.size, options.batch, [options.rank])
         config = EngineConfig(
             model=f"{directory}/model",
             adapters=(f"{directory}/adapters",),
-            max_model_len=1024,
             num_threads=options.threads,
+            **engine_limits(options.batch, options.context, options.steps),
         )
         engine = build_engine(config, print)
         rows = measure(engine, options)
-    print(f"machine reads {read_bandwidth():.0f} GB/s with {torch.get_num_threads()} threads")
+    read_rate = read_bandwidth()
+    print(f"machine reads {read_rate:.0f} GB/s with {torch.get_num_threads()} threads")
     print(f"{'case':24} {'ms/step':>8} {'tokens/s':>9} {'MB/step':>8} {'GB/s':>6} {'of base':>8}")
     for row in rows:
         share = row.tokens_per_s / rows[0].tokens_per_s
@@ -131,7 +156,8 @@ def main() -> None:
             f"{row.bytes_per_step / 1e6:8.0f} {row.gb_per_s:6.1f} {share:8.0%}"
         )
     if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
+        found = {"read_gb_per_s": read_rate, "cases": [asdict(row) for row in rows]}
+        write_document(options.json, options, found)
 
 
 def _timed(function: object) -> float:

@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from loraswarm.engine.child_client import ENGINE_ENVIRONMENT
 
@@ -23,7 +24,14 @@ os.environ.update(ENGINE_ENVIRONMENT | os.environ)  # before torch is imported
 
 import torch
 
-from decode import bytes_per_step, read_bandwidth
+from decode import (
+    bytes_per_step,
+    engine_limits,
+    full_step_s,
+    max_output_tokens,
+    read_bandwidth,
+)
+from document import json_path, write_document
 from loraswarm.config import EngineConfig
 from loraswarm.core.request import Request, SamplingParams
 from loraswarm.engine.engine import Engine
@@ -57,7 +65,8 @@ def product_rate(num_rows: int = 512, size: int = 4096) -> float:
 
 
 def add_requests(engine: Engine, options: argparse.Namespace, label: str) -> None:
-    params = SamplingParams(max_tokens=options.steps + 8, temperature=0.0, ignore_eos=True)
+    max_tokens = max_output_tokens(options.batch, options.context, options.steps)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     for index in range(options.batch):
         prompt = tuple((index * 7919 + i * 31) % 4000 + 1 for i in range(options.context))
         adapter = f"a{index % options.adapters:03}" if options.adapters else None
@@ -71,14 +80,12 @@ def add_requests(engine: Engine, options: argparse.Namespace, label: str) -> Non
         )
 
 
-def profiled_steps(engine: Engine, num_steps: int) -> tuple[list[float], Profile]:
+def profiled_steps(
+    engine: Engine, num_steps: int, num_rows: int
+) -> tuple[list[float], Profile]:
     """Seconds of each step, and the profile of all."""
     programs.profile = profile = Profile()
-    times = []
-    for _ in range(num_steps):
-        begin = time.perf_counter()
-        engine.step()
-        times.append(time.perf_counter() - begin)
+    times = [full_step_s(engine, num_rows) for _ in range(num_steps)]
     programs.profile = None
     return times, profile
 
@@ -94,6 +101,21 @@ def prefill(engine: Engine, num_requests: int) -> tuple[float, int, Profile]:
     return time.perf_counter() - begin, num_steps, profile
 
 
+def part(wall_s: float, num_steps: int, profile: Profile) -> dict[str, Any]:
+    """What `show` prints, as plain values."""
+    inside_s = sum(profile.seconds.values())
+    kinds = profile.seconds.most_common()
+    return {
+        "num_steps": num_steps,
+        "step_ms": wall_s * 1e3 / num_steps,
+        "between_programs_ms": (wall_s - inside_s) * 1e3 / num_steps,
+        "num_programs": profile.num_programs,
+        "num_unseen_programs": profile.num_unseen,
+        "operations_ms": {KINDS[kind]: s * 1e3 / num_steps for kind, s in kinds},
+        "num_operations": {KINDS[kind]: profile.counts[kind] / num_steps for kind, _ in kinds},
+    }
+
+
 def show(title: str, wall_s: float, num_steps: int, profile: Profile) -> None:
     inside_s = sum(profile.seconds.values())
     print(f"{title}: {wall_s * 1e3 / num_steps:.2f} ms a step")
@@ -104,6 +126,8 @@ def show(title: str, wall_s: float, num_steps: int, profile: Profile) -> None:
             f" {seconds / count * 1e6:8.1f} us"
         )
     print(f"  {'between programs':16} {(wall_s - inside_s) * 1e3 / num_steps:8.2f} ms")
+    if profile.num_unseen:
+        print(f"  {profile.num_unseen} of {profile.num_programs} programs are not in the times")
 
 
 def main() -> None:
@@ -117,6 +141,7 @@ def main() -> None:
     parser.add_argument("--size", default="qwen2.5-0.5b")
     parser.add_argument("--swarm", type=Path, help="where random_swarm.py has written one")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=json_path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         swarm = options.swarm or Path(directory)
@@ -126,20 +151,23 @@ def main() -> None:
         config = EngineConfig(
             model=f"{swarm}/model",
             adapters=(f"{swarm}/adapters",),
-            max_model_len=max(1024, 2 * options.context),
             num_threads=options.threads,
             prefix_caching=False,
+            **engine_limits(options.batch, options.context, options.steps),
         )
         engine = build_engine(config, lambda line: None)
-        measure(engine, options)
+        found = measure(engine, options)
+    if options.json:
+        write_document(options.json, options, found)
 
 
-def measure(engine: Engine, options: argparse.Namespace) -> None:
+def measure(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
+    """Print everything; the same as plain values, in ms a step."""
     medians = []
     for round_ in range(options.rounds):
         add_requests(engine, options, f"round{round_}-")
         prefill_s, num_prefills, prefill_profile = prefill(engine, options.batch)
-        times, profile = profiled_steps(engine, options.steps)
+        times, profile = profiled_steps(engine, options.steps, options.batch)
         medians.append(statistics.median(times))
         engine.abort_all()
     num_tokens = options.batch * options.context
@@ -161,6 +189,17 @@ def measure(engine: Engine, options: argparse.Namespace) -> None:
         f" {num_bytes / gb_per_s / 1e6:.1f} ms; {gflop:.1f} GFLOP at {gflop_per_s:.0f} GFLOP/s in"
         f" {gflop / gflop_per_s * 1e3:.1f} ms"
     )
+    return {
+        "prefill": part(prefill_s, num_prefills, prefill_profile),
+        "prefill_tokens_per_s": num_tokens / prefill_s,
+        "decode": part(sum(times), len(times), profile),
+        "decode_median_step_ms": step_s * 1e3,
+        "decode_tokens_per_s": options.batch / step_s,
+        "decode_bytes_per_step": num_bytes,
+        "decode_gflop_per_step": gflop,
+        "read_gb_per_s": gb_per_s,
+        "gflop_per_s": gflop_per_s,
+    }
 
 
 if __name__ == "__main__":
