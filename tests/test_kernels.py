@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from kernel_cases import (
     use_all_threads,
 )
 from loraswarm.kernels import cpu, reference
+from loraswarm.kernels.cpu import program
 from loraswarm.kernels.cpu.linear import pack_linear
 from loraswarm.kernels.cpu.lora import linear_shrink
 from tolerance import TOLERANCE, assert_close
@@ -215,7 +218,8 @@ def test_a_product_and_a_shrink_together_equal_both_apart(num_tokens):
     assert_close(y_TO, case.x_TI.float() @ weight_OI.float().T, torch.bfloat16)
 
 
-def test_recorded_updates_of_several_tables_equal_those_run_at_once():
+def test_recorded_updates_of_several_tables_equal_those_run_at_once(monkeypatch):
+    monkeypatch.setattr(program, "RECORDED_PRODUCTS", sys.maxsize)  # nothing begins early
     cases = [
         make_lora_case(torch.bfloat16, segments_of("zipf", num_tokens), 64, (96, 33))
         for num_tokens in (7, 3)

@@ -1,6 +1,7 @@
 """Programs: what is recorded runs in order, at the end of the block, on any number of threads."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -47,6 +48,42 @@ def test_recorded_operations_give_the_bits_of_immediate_ones(num_threads, monkey
             for weight in packed:
                 y = linear(y, weight, None)
         assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(THREAD_COUNTS[-1] < 2, reason="one CPU has no other threads")
+def test_other_threads_work_while_this_one_records():
+    weights, x = chain(8)
+    packed = [pack_linear(weight) for weight in weights]
+    expected = run_chain(weights, x)
+    with recording():
+        y = x
+        for weight in packed:
+            y = linear(y, weight, None)
+        for _ in range(3000):  # read before the end: only others can have computed it
+            if torch.equal(y, expected):
+                break
+            time.sleep(0.01)
+        assert torch.equal(y, expected)
+
+
+def test_more_and_fewer_threads_from_one_program_to_the_next(monkeypatch):
+    weights, x = chain(8)
+    expected = run_chain(weights, x)
+    for num_threads in (THREAD_COUNTS[-1], 1, THREAD_COUNTS[-1]) * 10:
+        monkeypatch.setattr(threads, "_count", num_threads)
+        assert torch.equal(run_chain(weights, x), expected)
+
+
+def test_large_results_are_not_kept():
+    weight = pack_linear(torch.zeros(program_module.MAX_KEPT_BYTES // 64, 2).bfloat16())
+    x = torch.zeros(64, 2).bfloat16()
+    with recording():
+        y = linear(x, weight, None)
+    assert torch.all(y == 0)
+    kept = program_module.programs._buffers._blocks.values()
+    assert all(
+        block.nbytes <= program_module.MAX_KEPT_BYTES for blocks in kept for block, _ in blocks
+    )
 
 
 def test_a_chain_of_recorded_operations_reuses_memory():

@@ -119,8 +119,6 @@ def _build(config: EngineConfig, loader: Loader, model: Model, report: Report) -
     geometry = page_geometry(model_config.shape(), dtype.itemsize)
     config = _size_pool(config, geometry, model_config.max_position)
     cpu.warm_up(config.dtype, lambda line: report(f"kernel {line}"))
-    assert config.num_threads is not None
-    torch.set_num_threads(config.num_threads)  # Numba's first launch sets OpenMP's count anew
     info = _info(config, path, decoder, geometry)
     unknown = [token_id for token_id in eos_token_ids(path) if token_id >= info.vocab_size]
     if unknown:

@@ -6,6 +6,7 @@ that is waiting for address translation. Knows nothing about what is kept there.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from math import prod
 
@@ -26,8 +27,10 @@ def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if num_bytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype)
     try:
-        memory = mmap.mmap(-1, num_bytes)
+        # Private: shared memory follows another setting, which is mostly off.
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError, ValueError) as error:
         raise RuntimeError(f"no memory for a tensor of {num_bytes} bytes") from error
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a system without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -1,4 +1,4 @@
-"""CPU tensors as the flat NumPy arrays that kernels take: same memory, no copy.
+"""CPU tensors as the NumPy arrays that kernels take: same memory, no copy.
 
 bfloat16 appears as uint16 and float16 as int16, see kernels/cpu/vectors. Called by kernels/cpu.
 """
@@ -28,21 +28,6 @@ def bits(name: str, tensor: Tensor) -> Any:
     if not tensor.is_cpu:
         raise ValueError(f"{name} is on {tensor.device}; the cpu kernels need it on the cpu")
     return tensor.view(stored_as).numpy()
-
-
-def flat_bits(name: str, tensor: Tensor) -> Any:
-    """The memory from the first to the last element of a tensor as one row.
-
-    Raises    as `bits`; ValueError if the last dimension is not contiguous.
-    """
-    if tensor.is_contiguous():
-        return bits(name, tensor).reshape(-1)
-    if tensor.stride(-1) != 1:
-        raise ValueError(f"{name} has strides {tensor.stride()}; its last one must be 1")
-    last = sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    return bits(name, tensor.as_strided((last + 1,), (1,)))
 
 
 def _names() -> str:

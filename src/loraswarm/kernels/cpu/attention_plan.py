@@ -73,7 +73,7 @@ def make_plan(work: AttentionWork, shape: Shape, max_scratch_floats: int) -> Pla
     _check(starts, contexts, page_table, shape)
     units, num_units = _units(starts, contexts, shape, _rows_per_unit(shape, max_scratch_floats))
     items = _cut_into_spans(units, num_units)
-    num_rows = int(items[:, NUM_ROWS].max(initial=1))
+    num_rows = int(items[items[:, PARTIAL] >= 0, NUM_ROWS].max(initial=1))
     num_keys = items[:, END_KEY] - items[:, FIRST_KEY]
     num_partials = int((items[:, PARTIAL] >= 0).sum())
     return Plan(

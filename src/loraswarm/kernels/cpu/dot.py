@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import llvmlite.binding
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -35,6 +36,12 @@ _PAIRS = ir.VectorType(_I32, _LANES)
 
 
 def _has_dot() -> bool:
+    """Whether Numba compiles for a CPU with the instruction."""
+    config = numba.config
+    if config.CPU_FEATURES is not None:
+        return "+avx512bf16" in config.CPU_FEATURES
+    if config.CPU_NAME is not None or not config.ENABLE_AVX:
+        return False
     return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
 
 

@@ -57,9 +57,8 @@ class Threads:
         return self._count
 
     def wake(self, num_products: int) -> int:
-        """How many threads to use for so many multiply-adds: one, if waking the others would take
-        longer than the work."""
-        return self._count if num_products >= PARALLEL_PRODUCTS else 1
+        """How many threads to use for so many multiply-adds: no more than it pays to wake."""
+        return min(self._count, 1 + num_products // max(PARALLEL_PRODUCTS, 1))
 
     def set_count(self, count: int) -> None:
         """Raises ValueError unless `count` is from 1 to the number of CPUs of this process."""

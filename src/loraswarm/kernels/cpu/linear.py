@@ -8,6 +8,7 @@ Legend: T tokens, I in features, O out features.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ SUMS = MAX_ROWS * PANEL_COLUMNS
 class PackedWeight:
     """A weight [O, I] in panels; `panels` is flat, of the weight's dtype, padded with zeros."""
 
-    __slots__ = ("_plans", "address", "in_features", "num_panels", "out_features", "panels")
+    __slots__ = ("address", "in_features", "num_panels", "out_features", "panels")
 
     def __init__(self, panels: Tensor, out_features: int, in_features: int) -> None:
         self.panels = panels
@@ -54,7 +55,6 @@ class PackedWeight:
         self.num_panels = panels.numel() // (PANEL_COLUMNS * in_features)
         self.out_features = out_features
         self.in_features = in_features
-        self._plans: dict[int, tuple[int, tuple[int, int, int]]] = {}
 
     def unpack(self) -> Tensor:
         """[O, I] in row order: a copy of the same bits."""
@@ -68,28 +68,26 @@ class PackedWeight:
         pairs = panels[row_T // PANEL_COLUMNS, :, row_T % PANEL_COLUMNS]
         return pairs.view(-1, self.in_features)
 
-    def plan(self, num_tokens: int) -> tuple[int, tuple[int, int, int]]:
-        """How many items a product with so many rows has, and (panels an item, groups of panels,
-        rows an item)."""
-        plan = self._plans.get(num_tokens)
-        if plan is None:
-            plan = self._plans[num_tokens] = self._make_plan(num_tokens)
-        return plan
 
-    def _make_plan(self, num_tokens: int) -> tuple[int, tuple[int, int, int]]:
-        num_chunks = -(-num_tokens // ROWS_PER_ITEM)
-        rows_per_item = -(-num_tokens // max(num_chunks, 1))
-        panel_elements = PANEL_COLUMNS * self.in_features
-        panels_per_item = max(
-            1,
-            min(
-                ITEM_PRODUCTS // (max(rows_per_item, 1) * panel_elements),
-                ITEM_BYTES // (self.panels.itemsize * panel_elements),
-                self.num_panels // 16,
-            ),
-        )
-        num_groups = -(-self.num_panels // panels_per_item)
-        return num_groups * num_chunks, (panels_per_item, num_groups, rows_per_item)
+@lru_cache(maxsize=4096)
+def _cut(
+    num_tokens: int, num_panels: int, in_features: int, itemsize: int
+) -> tuple[int, tuple[int, int, int]]:
+    """How many items a product with so many rows has, and (panels an item, groups of panels, rows
+    an item)."""
+    num_chunks = -(-num_tokens // ROWS_PER_ITEM)
+    rows_per_item = -(-num_tokens // max(num_chunks, 1))
+    panel_elements = PANEL_COLUMNS * in_features
+    panels_per_item = max(
+        1,
+        min(
+            ITEM_PRODUCTS // (max(rows_per_item, 1) * panel_elements),
+            ITEM_BYTES // (itemsize * panel_elements),
+            num_panels // 16,
+        ),
+    )
+    num_groups = -(-num_panels // panels_per_item)
+    return num_groups * num_chunks, (panels_per_item, num_groups, rows_per_item)
 
 
 def can_pack(dtype: torch.dtype, in_features: int) -> bool:
@@ -123,7 +121,7 @@ def linear_arguments(
     `y_TO` is written: bfloat16, or float32 with values that are rounded to bfloat16.
     """
     num_tokens = x_TI.shape[0]
-    num_items, cut = weight.plan(num_tokens)
+    num_items, cut = _cut(num_tokens, weight.num_panels, weight.in_features, 2)
     return num_items, (
         x_TI.data_ptr(),
         x_TI.stride(0),

@@ -98,7 +98,8 @@ def rotate_and_write_kv_(
     While recording, cosines, sines and slots must stay as they are; they are checked when they are
     first seen.
     """
-    found_for = (pages, slots_T, cos_T1E, sin_T1E, qkv_TNE.shape, num_heads)
+    qkv = qkv_TNE.shape, qkv_TNE.stride(), qkv_TNE.dtype
+    found_for = (_place(pages), slots_T, cos_T1E, sin_T1E, qkv, num_heads)
     if not _is_same(found_for, _step.rotation_of):
         check_rotate(qkv_TNE, num_heads, (cos_T1E, sin_T1E), pages, slots_T, None)
         _step.rotation_of = found_for
@@ -145,6 +146,11 @@ def paged_attention(
     return out_THE
 
 
+def _place(pages: Tensor) -> tuple[Any, ...]:
+    """What plans depend on; the pages themselves must not be kept by a plan that is."""
+    return pages.shape, pages.stride(), pages.dtype
+
+
 def _is_same(objects: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
     """Whether all tensors are the same objects and all else is equal."""
     if len(objects) != len(others):
@@ -159,9 +165,10 @@ def _attention(
     q_THE: Tensor, pages: Tensor, work: AttentionWork, scale: float, window: int | None
 ) -> _Attention:
     last = _step.attention_of
-    if not last or last[0] is not work or last[1] is not pages:
+    place = _place(pages)
+    if not last or last[0] is not work or last[1] != place:
         _step.attentions.clear()
-        _step.attention_of = (work, pages)
+        _step.attention_of = (work, place)
     key = (q_THE.shape, q_THE.stride(), q_THE.dtype, scale, window)
     found = _step.attentions.get(key)
     if found is None:
@@ -209,7 +216,7 @@ def _new_attention(
 
 def _writing(pages: Tensor, slots_T: Tensor) -> _Writing:
     """Raises ValueError if a slot does not exist."""
-    found_for = (pages, slots_T)
+    found_for = (_place(pages), slots_T)
     if _step.writing is None or not _is_same(found_for, _step.writing_of):
         _step.writing = _new_writing(pages, slots_T)
         _step.writing_of = found_for

@@ -16,6 +16,7 @@ next that asks: `buffer` reuses it. A thread has its own program.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
@@ -50,10 +51,15 @@ RECORDED_PRODUCTS = 1 << 18
 """Multiply-adds of an operation that take longer than recording it: others begin before the end of
 the recording if there are so many on average, and do not wait for it in vain."""
 CLOCK_SAMPLE_S = 0.05
+MAX_KEPT_BYTES = 64 << 20
 NOBODY_ELSE = 2  # references to a block: its tensor here and the storage beside it
 _PACKERS = [
     Struct(f"{FIRST_ARGUMENT + count}q").pack_into for count in range(WORDS - FIRST_ARGUMENT + 1)
 ]
+
+
+_teams: dict[torch.dtype, Team] = {}
+_making = threading.Lock()
 
 
 class Program(threading.local):
@@ -82,9 +88,9 @@ class Program(threading.local):
         try:
             yield
         finally:
-            if self._depth == 1:
-                self.finish()
             self._depth -= 1
+            if self._depth == 0:
+                self.finish()
 
     def add(
         self,
@@ -100,7 +106,9 @@ class Program(threading.local):
         is done: `hold` it, unless it is a `buffer` or outlives the recording.
         """
         if dtype != self._dtype or self._num_operations == MAX_OPERATIONS:
+            held, self._held = self._held, []  # what is held is for this operation too
             self.finish()
+            self._held = held
         if self._slot is None:
             self._open(dtype)
         assert self._slot is not None
@@ -127,23 +135,38 @@ class Program(threading.local):
         """
         if self._depth == 0:
             return torch.empty(shape, dtype=dtype)
+        if prod(shape) * dtype.itemsize > MAX_KEPT_BYTES:
+            large = torch.empty(shape, dtype=dtype)
+            self._held.append(large)
+            return large
         return self._buffers.take(shape, dtype)
 
     def finish(self) -> None:
         """Take part in what has been recorded; returns when it is done."""
         slot, team = self._slot, self._team
-        if slot is None or team is None:
+        if team is None:
             return
-        publish(slot.address, self._num_operations, True)
-        self._begin()
-        team.take_part(slot)
-        if self.profile is not None:
-            self.profile.saw(slot, self._num_operations)
-        self._held.clear()
+        try:
+            if slot is not None:
+                publish(slot.address, self._num_operations, True)
+                self._begin()
+                team.take_part(slot)
+                if self.profile is not None:
+                    self.profile.saw(slot, self._num_operations)
+        except BaseException:
+            if slot is not None:  # an interrupt: others may be at it, so it must come to its end
+                publish(slot.address, self._num_operations, True)
+                team.take_part(slot)
+            raise
+        finally:
+            self._forget()
+            team.lock.release()
+
+    def _forget(self) -> None:
+        self._held = []
         self._num_operations = self._num_products = 0
         self._has_begun = False
         self._slot = self._team = self._dtype = None
-        team.lock.release()
 
     def _open(self, dtype: torch.dtype) -> None:
         team = team_of(dtype)
@@ -160,10 +183,20 @@ class Program(threading.local):
             self._team.begin(self._slot, num_threads - 1)
 
 
-@cache
 def team_of(dtype: torch.dtype) -> Team:
     """The one team of this process for an element type."""
-    return Team(dtype)
+    with _making:
+        if dtype not in _teams:
+            _teams[dtype] = Team(dtype)
+        return _teams[dtype]
+
+
+def _after_fork() -> None:
+    """A child has none of the threads, and locks as they happened to be."""
+    global _making
+    _making = threading.Lock()
+    _teams.clear()
+    programs.__init__()  # type: ignore[misc]
 
 
 class Profile:
@@ -210,7 +243,7 @@ class Buffers:
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of this shape whose memory nobody else has; in blocks of powers of two."""
         num_elements = prod(shape)
-        size_class = max(num_elements, 64).bit_length()
+        size_class = (max(num_elements, 64) - 1).bit_length()
         blocks = self._blocks.setdefault((size_class, dtype), [])
         for block, storage in blocks:
             if torch._C._storage_Use_Count(storage._cdata) == NOBODY_ELSE:
@@ -218,6 +251,8 @@ class Buffers:
         with torch.inference_mode(False):  # or the block could be written to in that mode only
             new = torch.empty(1 << size_class, dtype=dtype)
         blocks.append((new, new.untyped_storage()))
+        if torch._C._storage_Use_Count(blocks[-1][1]._cdata) != NOBODY_ELSE:
+            raise RuntimeError(f"torch {torch.__version__} counts users of memory in another way")
         return torch.as_strided(new, shape, _strides(shape))
 
 
@@ -228,3 +263,5 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 programs = Program()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

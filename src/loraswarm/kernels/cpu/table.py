@@ -15,7 +15,6 @@ from torch import Tensor
 
 from loraswarm.kernels import MAX_TILE_RANKS, TileTable, reference
 from loraswarm.kernels.cpu import tiles as cut
-from loraswarm.kernels.cpu.jit import threads
 
 FLOAT_BYTES = 4
 UNKNOWN = -1
@@ -182,7 +181,6 @@ class TablePlan:
         arrays = self._arrays
         items_U = np.zeros(widths.size * self._num_segments, np.int64)
         faults = np.zeros(widths.size, np.int64)
-        threads.wake(0)
         cut.count_items(
             arrays["segments"],
             arrays["ranges"],
@@ -226,8 +224,9 @@ class LastPlan:
             and last.dtype == pool.dtype
         ):
             return last
-        self._last = TablePlan(tiles, pool, None if last is None else last.widths)
-        return self._last
+        plan = TablePlan(tiles, pool, None if last is None else last.widths)
+        self._last = plan  # another thread may set another meanwhile
+        return plan
 
 
 last_plan = LastPlan()

@@ -13,6 +13,7 @@ it has entered, that the ticket is another touches nothing.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from typing import Any
@@ -53,7 +54,7 @@ from loraswarm.kernels.cpu.vectors import memory_of
 
 SCRATCH_FLOATS = 1 << 16
 MAX_OPERATIONS = 1024
-NUM_SLOTS = 4
+NUM_SLOTS = 16
 FACTS_AT = STATE_WORDS
 NUM_WORKERS, IS_TIMED = FACTS_AT, FACTS_AT + 1
 WORDS_AT = FACTS_AT + LINE_WORDS
@@ -168,6 +169,10 @@ class Team:
         self._pipes = np.zeros(MAX_WORKERS, np.int64)
         self._scratch: list[Tensor] = [torch.zeros(SCRATCH_FLOATS)]
         self._ticket = 0
+        # Threads of the team run until the process ends, and so does what they point to.
+        for memory in (self._slots, self._board):
+            _keep_for_ever(memory)
+        begin(self._board.data_ptr(), 0, self._pipes, 0)
         work(NOBODY, 0, 0, 0, 0, self._like)
 
     def open_slot(self, is_timed: bool) -> Slot:
@@ -196,6 +201,7 @@ class Team:
         while len(self._scratch) <= num_workers:
             index = len(self._scratch) - 1
             scratch = torch.zeros(SCRATCH_FLOATS)
+            _keep_for_ever(scratch)
             self._scratch.append(scratch)
             pipe, self._pipes[index] = os.pipe()
             addresses = self._board.data_ptr(), self._slots.data_ptr(), pipe, scratch.data_ptr()
@@ -205,6 +211,11 @@ class Team:
                 name=f"kernels-{index}",
                 daemon=True,
             ).start()
+
+
+def _keep_for_ever(memory: Tensor) -> None:
+    """Not even the interpreter's end frees it."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
 
 
 class Slot:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba import prange
-
 from loraswarm.kernels import MAX_TILE_RANKS
 from loraswarm.kernels.cpu.jit import called, kernel
 from loraswarm.kernels.cpu.memory import int32_at, moved
@@ -61,7 +59,7 @@ def count_items(
     For shrink `columns_U` is empty; for expand it gets how many columns a piece has. `faults` gets
     for each site the number of a message, or 0. Units of a site with a fault get 0 items.
     """
-    for site in prange(widths.size):
+    for site in range(widths.size):
         if widths[site] >= 0:
             fault = _check_site(ranges, offset, stride, ranks, site, widths[site], pool_size)
             faults[site] = fault
@@ -121,7 +119,7 @@ def check_vectors(
     faults: Any,
 ) -> None:
     """After `count_items` for expand: faults of vectors, and no items where nothing changes."""
-    for site in prange(widths.size):
+    for site in range(widths.size):
         if widths[site] >= 0 and faults[site] == 0:
             faults[site] = _check_vectors(
                 ranges, ranks, u_offset, v_offset, gain_offset, site, widths[site], num_floats

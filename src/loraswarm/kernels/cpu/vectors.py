@@ -84,17 +84,6 @@ def memory_of(context: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
-def float_memory_of(context: Any, array: Any) -> Any:
-    """The memory of an array of any type as a bare pointer to float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        data = context.make_array(array)(context, builder, values[0]).data
-        return builder.bitcast(data, _F32.as_pointer())
-
-    return types.CPointer(types.float32)(array), generate
-
-
-@intrinsic
 def load(context: Any, like: Vector, memory: Any, index: Any) -> Any:
     """Elements `index : index + lanes` of `memory`."""
 

@@ -22,6 +22,7 @@ from loraswarm.models.config import DecoderConfig
 from loraswarm.models.decoder import Decoder
 from loraswarm.models.layers.backend import Backend
 from loraswarm.models.layers.linear import LoraLinear
+from loraswarm.models.layers.weight import can_pack
 from loraswarm.models.loader import (
     check_names,
     check_tensor,
@@ -60,8 +61,9 @@ def load_quantized_decoder(
     filling = _Filling(decoder, path, backend.dtype, quantization)
     filling.check()
     filling.fill(report)
-    if quantization.is_stored:
+    if quantization.is_stored and can_pack(backend.dtype, backend.device):
         decoder.lm_head.pack_(backend.kernels)
+        decoder.share_head()
     report(filling.summary())
     return decoder
 
