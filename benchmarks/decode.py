@@ -30,7 +30,6 @@ from loraswarm.engine.engine import Engine
 from loraswarm.engine.setup import build_engine
 from random_swarm import write_swarm
 
-
 PREFILL_TOKENS = 256  # of a step beside a decoding batch: fewer than the engine takes
 
 

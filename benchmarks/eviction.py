@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import heapq
 import itertools
-import json
 import statistics
 from collections import Counter, deque
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from document import json_path, write_document
 from loraswarm.adapters.adapter import AdapterInfo, ModuleInfo
 from loraswarm.config import Eviction
 from loraswarm.core.base_shape import BaseShape
@@ -33,6 +33,7 @@ from loraswarm.memory.memory import Memory, MemoryOptions
 from loraswarm.memory.prefix_cache import PrefixSalt
 from traces import Trace, TraceOptions, TraceRequest, make_trace
 
+MACHINE_OPTIONS = ("device_adapters", "host_adapters", "kv_pages", "num_seats")
 RECORDED = Path(__file__).parent / "traces" / "zipf-drift.jsonl.gz"
 SHAPE = BaseShape(  # Qwen2.5-0.5B
     num_layers=24,
@@ -354,25 +355,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trace", type=Path, default=RECORDED)
     parser.add_argument("--sweep", action="store_true", help="other traces, made on the spot")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=json_path)
     machine = Machine()
-    for name in ("device_adapters", "host_adapters", "kv_pages", "num_seats"):
+    for name in MACHINE_OPTIONS:
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=int, default=getattr(machine, name))
-    options = vars(parser.parse_args())
-    path, is_sweep, json_path = (options.pop(name) for name in ("trace", "sweep", "json"))
-    machine = replace(machine, **options)
+    options = parser.parse_args()
+    changed = {name: getattr(options, name) for name in MACHINE_OPTIONS}
+    machine = replace(machine, **changed)
     print(
         f"{'trace':14} order {'device':>7} {'host':>7} {'store':>7} {'prefixes':>8} "
         f"{'mean ms':>8} {'p50 ms':>8} {'p99 ms':>8}"
     )
-    outcomes = {"recorded": compare(Trace.load(path), machine, "recorded")}
-    if is_sweep:
+    outcomes = {"recorded": compare(Trace.load(options.trace), machine, "recorded")}
+    if options.sweep:
         for label, trace_options in sweep(TraceOptions()).items():
             outcomes[label] = compare(make_trace(trace_options), machine, label)
-    if json_path:
+    if options.json:
         rows = {label: [asdict(outcome) for outcome in both] for label, both in outcomes.items()}
-        json_path.write_text(json.dumps(rows, indent=2))
+        write_document(options.json, options, {"machine": asdict(machine), "outcomes": rows})
 
 
 def _lora(name: str, rank: int) -> AdapterInfo:

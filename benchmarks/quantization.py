@@ -12,10 +12,8 @@ alternate, so that a change of the machine's speed meets all.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from document import json_path, write_document
 from loraswarm.engine.child_client import ENGINE_ENVIRONMENT
 
 os.environ.update(ENGINE_ENVIRONMENT | os.environ)  # before torch is imported
@@ -177,7 +176,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=json_path)
     options = parser.parse_args()
     rows: list[Measured] = []
     with tempfile.TemporaryDirectory() as directory:
@@ -188,18 +187,11 @@ def main() -> None:
     for row in rows:
         print_row(row)
     if options.json:
-        content = {"commit": _commit(), "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(content, indent=2))
+        write_document(options.json, options, [asdict(row) for row in rows])
 
 
 def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {case: statistics.median(found[case] for found in rounds) for case in rounds[0]}
-
-
-def _commit() -> str | None:
-    command = ["git", "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
 
 
 if __name__ == "__main__":

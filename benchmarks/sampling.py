@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from document import json_path, write_document
 from loraswarm.core.request import Request, SamplingParams
 from loraswarm.core.sequence import Sequence
 from loraswarm.engine.sampler import sample
@@ -75,14 +76,19 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=json_path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{'':14}{'peaked':>10}{'flat':>10}   ms for {options.rows} rows")
     rows = [make_logits(options.rows, options.vocab, is_peaked) for is_peaked in (True, False)]
+    found = []
     for name, params in KINDS.items():
         sequences = [make_sequence(i, options.vocab, params) for i in range(options.rows)]
         peaked_ms, flat_ms = (least_ms(logits_ZV, sequences) for logits_ZV in rows)
         print(f"{name:14}{peaked_ms:10.2f}{flat_ms:10.2f}", flush=True)
+        found.append({"kind": name, "peaked_ms": peaked_ms, "flat_ms": flat_ms})
+    if options.json:
+        write_document(options.json, options, found)
 
 
 if __name__ == "__main__":

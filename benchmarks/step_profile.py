@@ -80,9 +80,7 @@ def add_requests(engine: Engine, options: argparse.Namespace, label: str) -> Non
         )
 
 
-def profiled_steps(
-    engine: Engine, num_steps: int, num_rows: int
-) -> tuple[list[float], Profile]:
+def profiled_steps(engine: Engine, num_steps: int, num_rows: int) -> tuple[list[float], Profile]:
     """Seconds of each step, and the profile of all."""
     programs.profile = profile = Profile()
     times = [full_step_s(engine, num_rows) for _ in range(num_steps)]

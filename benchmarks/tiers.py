@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import statistics
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 
+from document import json_path, write_document
 from loraswarm.core.base_shape import BaseShape
 from machine import copy_speed, forget_cached, read_file_speed
 from random_swarm import write_adapter, write_checkpoint
@@ -357,7 +357,7 @@ def main() -> None:
     parser.add_argument("--hot", type=int, default=32)
     parser.add_argument("--window-s", type=float, default=4.0)
     parser.add_argument("--warm-up-s", type=float, default=3.0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=json_path)
     options = parser.parse_args()
     measure = tiers
     for name, function in (("cold_load", cold_load), ("catalog", catalog), ("start", start)):
@@ -366,7 +366,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         rows = measure(Path(directory), options)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
+        write_document(options.json, options, rows)
 
 
 if __name__ == "__main__":

@@ -15,39 +15,50 @@ from pathlib import Path
 from typing import Any
 
 Point = dict[str, Any]
+FORMAT = "loraswarm-peers"
+FORMAT_VERSION = 2
+MEMORY = (
+    "PSS is sampled every few seconds; high water adds up the largest resident size of each"
+    " process. A peer that touches its room for K/V only as it is used has it all in `PSS with all"
+    " K/V room`, whatever the workload needed."
+)
 
 
 def table(document: dict[str, Any], ours: str) -> str:
     """Medians over repeats as Markdown: one row a workload and peer, ratios to ours beside."""
     points = {_key(result): result["points"] for result in document["results"]}
+    ranks = {_key(result)[0]: result["options"]["ranks"] for result in document["results"]}
     workloads = list(dict.fromkeys(workload for workload, _ in points))
     lines = [
-        "| workload | peer | runs | tokens/s (least-most) | ours is | TTFT p50 / p99 s |"
-        " ours p50 is | ITL p50 ms | peak PSS / RSS GB | ours PSS is |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| workload | ranks | peer | runs | tokens/s (least-most) | ours is | TTFT p50 / p99 s |"
+        " ours p50 is | ITL p50 ms | peak PSS / high water RSS GB | ours PSS is |"
+        " PSS with all K/V room GB | ours is |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for workload in workloads:
         mine = points.get((workload, ours))
         for (other, peer), theirs in points.items():
             if other == workload:
-                lines.append(_row(workload, peer, theirs, None if peer == ours else mine))
+                names = [workload, ",".join(map(str, ranks[workload])) or "-", peer]
+                lines.append(_row(names, theirs, None if peer == ours else mine))
     everything = [point for several in points.values() for point in several]
-    return "\n".join([*lines, "", _rates(everything), *_drifts(points, ours)])
+    return "\n".join([*lines, "", MEMORY, _rates(everything), *_drifts(points, ours)])
 
 
-def _row(workload: str, peer: str, points: Sequence[Point], ours: Sequence[Point] | None) -> str:
+def _row(names: Sequence[str], points: Sequence[Point], ours: Sequence[Point] | None) -> str:
     rates = [_rate(point) for point in points]
     cells = [
-        workload,
-        peer,
+        *names,
         str(len(points)),
         f"{statistics.median(rates):.1f} ({min(rates):.1f}-{max(rates):.1f})",
         _ratio(ours, points, _rate),
         f"{_median(points, _first('p50')):.2f} / {_median(points, _first('p99')):.2f}",
         _ratio(ours, points, _first("p50")),
         f"{_median(points, _between) * 1e3:.0f}",
-        f"{_median(points, _pss) / 1e9:.2f} / {_median(points, _rss) / 1e9:.2f}",
+        f"{_median(points, _pss) / 1e9:.2f} / {_median(points, _high_water) / 1e9:.2f}",
         _ratio(ours, points, _pss),
+        f"{_median(points, _full) / 1e9:.2f}",
+        _ratio(ours, points, _full),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -107,8 +118,12 @@ def _pss(point: Point) -> float:
     return float(point["peak_pss_bytes"])
 
 
-def _rss(point: Point) -> float:
-    return float(point["peak_rss_bytes"])
+def _full(point: Point) -> float:
+    return float(point["peak_pss_bytes"] + point["untouched_room_bytes"])
+
+
+def _high_water(point: Point) -> float:
+    return float(point["high_water_rss_bytes"])
 
 
 def _key(result: dict[str, Any]) -> tuple[str, str]:
@@ -116,4 +131,7 @@ def _key(result: dict[str, Any]) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text()), "loraswarm"))
+    read = json.loads(Path(sys.argv[1]).read_text())
+    if (read.get("format"), read.get("format_version")) != (FORMAT, FORMAT_VERSION):
+        raise SystemExit(f"{sys.argv[1]} is no {FORMAT} document of version {FORMAT_VERSION}")
+    print(table(read, "loraswarm"))

@@ -13,9 +13,13 @@ from workloads import Workload
 
 
 class Ours(HttpPeer):
-    """As much room for K/V as vLLM is given, and for the adapters, which lie in the same pool."""
+    """As much room for K/V as vLLM is given, and for the adapters, which lie in the same pool.
+
+    The pool is one mapping that is touched as it is used.
+    """
 
     name = "loraswarm"
+    lazy_room_bytes = KV_BYTES
 
     def install(self, setting: Setting) -> None:
         """It is there: the benchmark runs on the same interpreter."""

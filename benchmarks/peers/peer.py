@@ -40,18 +40,28 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One workload on one freshly started peer; `start_s` is until it was ready."""
+    """One workload on one freshly started peer; `start_s` is until it was ready.
+
+    `untouched_room_bytes` are those of the room for K/V that were never written: they are in no
+    peak of memory, and will be once the room is used.
+    """
 
     records: Sequence[RequestRecord]
     memory: Memory
     start_s: float
+    untouched_room_bytes: int = 0
 
 
 class Peer(ABC):
-    """`has_adapters` says if it is started with them; one without is asked for the base alone."""
+    """`has_adapters` says if it is started with them; one without is asked for the base alone.
+
+    `lazy_room_bytes` is the room for K/V of a peer that reserves it in one mapping and touches it
+    as it is used, 0 for one that fills its room at the start or has none.
+    """
 
     name: str
     has_adapters = True
+    lazy_room_bytes = 0
 
     @abstractmethod
     def install(self, setting: Setting) -> None:
@@ -64,6 +74,10 @@ class Peer(ABC):
     @abstractmethod
     def measure(self, setting: Setting, workload: Workload) -> Measured:
         """Start it, send `workload`, end it. Raises RuntimeError if it does not start or ends."""
+
+    def warmup(self, workload: Workload) -> list[PlannedRequest]:
+        """Of the workload's, what this peer can be asked."""
+        return [one for one in workload.warmup if self.has_adapters or one.adapter is None]
 
     def log_path(self, setting: Setting) -> Path:
         """What its last process printed."""
@@ -95,16 +109,27 @@ class HttpPeer(Peer):
         ) as running:
             server_process.wait_until_healthy(running, f"{url}/health")
             start_s = time.monotonic() - begin_s
-            records = asyncio.run(_send(self.target(url, setting), workload))
+            warmup = self.warmup(workload)
+            records = asyncio.run(_send(self.target(url, setting), warmup, workload))
             if running.process.poll() is not None:
                 raise RuntimeError(f"the server ended:\n{running.log_tail()}")
-        return Measured(records=records, memory=running.memory, start_s=start_s)
+            untouched_bytes = 0
+            if self.lazy_room_bytes:
+                untouched_bytes = server_process.untouched_bytes(running, self.lazy_room_bytes)
+        return Measured(
+            records=records,
+            memory=running.memory,
+            start_s=start_s,
+            untouched_room_bytes=untouched_bytes,
+        )
 
 
-async def _send(target: HttpTarget, workload: Workload) -> list[RequestRecord]:
+async def _send(
+    target: HttpTarget, warmup: Sequence[PlannedRequest], workload: Workload
+) -> list[RequestRecord]:
     """Raises RuntimeError if the warm-up fails: what follows would not be comparable."""
     try:
-        warm = await _complete(target, workload.warmup, workload.concurrency)
+        warm = await _complete(target, warmup, workload.concurrency)
         failed = [record for record in warm if record.error is not None]
         if failed:
             raise RuntimeError(f"warm-up of {failed[0].adapter or BASE_NAME}: {failed[0].error}")

@@ -33,11 +33,15 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 class Memory:
     """The most that a process and all its descendants had at one time, sampled.
 
-    `rss_bytes` counts a page once for each process that maps it, `pss_bytes` once in all.
+    `rss_bytes` counts a page once for each process that maps it, `pss_bytes` once in all. Both miss
+    what is between samples. `high_water_bytes` misses nothing of the processes that are there at
+    the end, and adds up the peak of each, whenever it was, with pages that are mapped twice counted
+    twice: an upper bound.
     """
 
     rss_bytes: int = 0
     pss_bytes: int = 0
+    high_water_bytes: int = 0
     num_samples: int = 0
     _stop: threading.Event = field(default_factory=threading.Event, repr=False)
 
@@ -57,7 +61,10 @@ class Memory:
         self.pss_bytes = max(self.pss_bytes, pss_bytes)
         self.num_samples += 1
 
-    def stop(self) -> None:
+    def finish(self, pid: int) -> None:
+        """Take the last sample, and the peaks that the system noted; `watch` returns."""
+        self.sample(pid, takes_pss=True)
+        self.high_water_bytes = sum(_high_water_bytes(process.pid) for process in _tree(pid))
         self._stop.set()
 
 
@@ -99,9 +106,7 @@ def started(
     try:
         yield running
     finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            running.memory.sample(process.pid, takes_pss=True)
-        running.memory.stop()
+        running.memory.finish(process.pid)
         watcher.join()
         _end(process)
 
@@ -124,6 +129,43 @@ def _is_healthy(url: str) -> bool:
             return bool(response.status == 200)
     except OSError:
         return False
+
+
+def untouched_bytes(running: Running, room_bytes: int) -> int:
+    """Of the memory that the process reserved in mappings of `room_bytes` or more, what is unused.
+
+    Raises RuntimeError if there is no such mapping: what was looked for is kept elsewhere.
+    """
+    found = []
+    for process in _tree(running.process.pid):
+        with contextlib.suppress(OSError):
+            found += list(_reserved(Path(f"/proc/{process.pid}/smaps").read_text(), room_bytes))
+    if not found:
+        raise RuntimeError(f"no process has reserved {room_bytes} bytes in one mapping")
+    return sum(found)
+
+
+def _reserved(smaps: str, least_bytes: int) -> Iterator[int]:
+    """Bytes not touched of each large writable mapping of no file."""
+    is_memory, size = False, 0
+    for line in smaps.splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            name = words[5] if len(words) > 5 else ""
+            is_memory = words[1].startswith("rw") and name in ("", "/dev/zero")
+        elif words[0] == "Size:":
+            size = int(words[1]) << 10
+        elif words[0] == "Rss:" and is_memory and size >= least_bytes:
+            yield size - (int(words[1]) << 10)
+
+
+def _high_water_bytes(pid: int) -> int:
+    """The largest resident size the process had; 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def free_port() -> int:

@@ -26,8 +26,9 @@ from workloads import KINDS, Sizes, Workload, make_workload
 
 from loraswarm.bench.metrics import summarize
 from loraswarm.bench.report import point_of, result_of, write_json
+from loraswarm.commands.bench_outputs import check_outputs
+from loraswarm.errors import ConfigError
 
-FORMAT = "loraswarm-peers"
 DEFAULT_WORK = Path.home() / ".cache" / "loraswarm-peers"
 OURS = "loraswarm"
 
@@ -39,6 +40,7 @@ class Session:
     options: dict[str, Any]
     results: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     failures: list[dict[str, str]] = field(default_factory=list)
+    not_installed: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, peer: Peer, setting: Setting, workload: Workload, point: dict[str, Any]) -> None:
         key = peer.name, workload.name
@@ -49,11 +51,12 @@ class Session:
 
     def document(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
-            "format_version": 1,
+            "format": comparison.FORMAT,
+            "format_version": comparison.FORMAT_VERSION,
             "options": self.options,
             "results": list(self.results.values()),
             "failures": self.failures,
+            "not_installed": self.not_installed,
         }
 
     def write(self, path: Path | None, work: Path) -> None:
@@ -67,9 +70,10 @@ class Session:
 
 
 def main(peers: Sequence[Peer]) -> None:
-    """Install what is missing, measure, print the table. Exits with 1 if anything failed.
+    """Install what is missing, measure, print the table of what was measured, however it ends.
 
-    A signal to end takes the peer that runs along.
+    Exits with 1 if a measurement failed, or no peer could be installed; 130 after Ctrl-C. A peer
+    that cannot be installed is named and left out. A signal to end takes the peer that runs along.
     """
     options = _parse([peer.name for peer in peers])
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -80,13 +84,28 @@ def main(peers: Sequence[Peer]) -> None:
     setting = Setting(options.work, swarm, threads, options.torch_index)
     session = Session({name: _plain(value) for name, value in vars(options).items()})
     ready = [peer for peer in asked if _installed(peer, setting, session)]
-    if not options.install_only:
-        for repeat in range(options.repeats):
-            _measure_all(ready, setting, session, options, repeat)
+    try:
+        if not options.install_only:
+            for repeat in range(options.repeats):
+                _measure_all(ready, setting, session, options, repeat)
+    except KeyboardInterrupt:
+        print("interrupted: what follows is not the whole session")
+        sys.exit(130)
+    finally:
+        _show(session)
+    is_incomplete = options.install_only and len(ready) < len(asked)
+    sys.exit(1 if session.failures or is_incomplete or not ready else 0)
+
+
+def _show(session: Session) -> None:
+    """The table, and what is not in it."""
+    if session.results:
         print(comparison.table(session.document(), OURS))
     for failure in session.failures:
         print(f"FAILED {failure['peer']} {failure['workload']}: {failure['reason']}")
-    sys.exit(1 if session.failures else 0)
+    for failure in session.not_installed:
+        print(f"NOT INSTALLED {failure['peer']}: {failure['reason']}")
+    sys.stdout.flush()
 
 
 def turn(peers: Sequence[Peer], workload: str) -> Iterator[Peer]:
@@ -118,7 +137,7 @@ def _measure_all(
         seed=options.seed + repeat,
     )
     for name in options.workloads:
-        workload = make_workload(name, setting.swarm.names, setting.swarm.vocab_size, sizes)
+        workload = make_workload(name, setting.swarm.rank_of, setting.swarm.vocab_size, sizes)
         for position, peer in enumerate(turn(peers, name)):
             place = {"repeat": repeat, "position": position, "seed": sizes.seed}
             try:
@@ -145,6 +164,8 @@ def _measure(
         "start_s": measured.start_s,
         "peak_rss_bytes": measured.memory.rss_bytes,
         "peak_pss_bytes": measured.memory.pss_bytes,
+        "high_water_rss_bytes": measured.memory.high_water_bytes,
+        "untouched_room_bytes": measured.untouched_room_bytes,
     }
     print(
         f"{place['repeat']}.{place['position']} {workload.name:9} {peer.name:14}"
@@ -160,11 +181,12 @@ def _measure(
 
 
 def _installed(peer: Peer, setting: Setting, session: Session) -> bool:
-    """Whether the peer can be measured; why not is among the failures."""
+    """Whether the peer can be measured; why not is kept."""
     try:
         peer.install(setting)
     except (subprocess.CalledProcessError, OSError, RuntimeError) as error:
-        session.failures.append(_failure(peer, "install", error))
+        traceback.print_exc()
+        session.not_installed.append(_failure(peer, "install", error))
         return False
     return True
 
@@ -192,10 +214,11 @@ def _parse(names: Sequence[str]) -> argparse.Namespace:
     add("--output", default="64", help="tokens, likewise")
     add("--threads", type=int, help="of each peer; default: physical cores")
     add("--seed", type=int, default=0)
-    add("--json", type=Path, help="written after each measurement")
+    add("--json", type=_writable, help="written after each measurement")
     add("--install-only", action="store_true")
-    help_text = "also look for packages where torch's builds without CUDA are"
-    add("--torch-index", action="store_true", help=help_text)
+    help_text = "look for packages where torch's builds without CUDA are, too"
+    boolean = argparse.BooleanOptionalAction
+    add("--torch-index", action=boolean, default=True, help=help_text)
     return parser.parse_args()
 
 
@@ -207,6 +230,15 @@ def _some_of(allowed: Sequence[str]) -> Any:
         return names
 
     return parse
+
+
+def _writable(text: str) -> Path:
+    """Said before anything is measured; no file is made or changed."""
+    try:
+        check_outputs({"--json": text})
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def _plain(value: object) -> object:

@@ -41,6 +41,12 @@ class Swarm:
         return tuple(f"a{index:03}" for index in range(self.num_adapters))
 
     @property
+    def rank_of(self) -> dict[str, int]:
+        """By the adapter's name; the ranks take turns, as random_swarm writes them."""
+        ranks = [int(rank) for rank in self.ranks.split(",")]
+        return {name: ranks[index % len(ranks)] for index, name in enumerate(self.names)}
+
+    @property
     def vocab_size(self) -> int:
         return int(json.loads((self.model / "config.json").read_text())["vocab_size"])
 

@@ -52,7 +52,7 @@ class TransformersPeft(Peer):
         ) as running:
             _read(running)
             start_s = time.monotonic() - begin_s
-            _ask(running, workload.warmup, workload.concurrency)
+            _ask(running, self.warmup(workload), workload.concurrency)
             records = _ask(running, workload.requests, workload.concurrency)
         return Measured(records=records, memory=running.memory, start_s=start_s)
 

@@ -5,22 +5,26 @@ Knows nothing about what is installed. Used by the peers.
 
 from __future__ import annotations
 
+import http.client
 import json
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 TORCH = "torch==2.13.0"
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+INDEX_TIMEOUT_S = 10.0
 
 
 def make_venv_once(path: Path, steps: Sequence[Sequence[str]], uses_torch_index: bool) -> Path:
     """A venv in which each of `steps` (arguments of pip) was run; returns its python.
 
     One that was made by the same steps is kept; a half-made one, or one of other steps, is made
-    anew. With `uses_torch_index` pip also looks where torch's builds without CUDA are; without it
-    the configured index must have one.
+    anew. With `uses_torch_index` pip also looks where torch's builds without CUDA are, if that can
+    be reached; otherwise torch is what the configured index has.
     Raises   subprocess.CalledProcessError with pip's output on the terminal.
     """
     python = path / "bin" / "python"
@@ -30,12 +34,28 @@ def make_venv_once(path: Path, steps: Sequence[Sequence[str]], uses_torch_index:
         return python
     print(f"installing into {path}", file=sys.stderr, flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(path)], check=True)
-    extra = ["--extra-index-url", TORCH_INDEX] if uses_torch_index else []
+    extra = ["--extra-index-url", TORCH_INDEX] if uses_torch_index and _is_reachable() else []
     for step in steps:
         arguments = [*step, *(extra if step[0] == "install" else [])]
         run_pip(python, arguments)
     stamp.write_text(wanted)
     return python
+
+
+@cache
+def _is_reachable() -> bool:
+    """Whether the index of torch answers. pip would try again for minutes, for each package."""
+    try:
+        with urllib.request.urlopen(f"{TORCH_INDEX}/torch/", timeout=INDEX_TIMEOUT_S):
+            return True
+    except (OSError, http.client.HTTPException) as error:
+        print(
+            f"{TORCH_INDEX} cannot be reached ({error}): torch comes from the configured index,"
+            " perhaps with CUDA, which is gigabytes",
+            file=sys.stderr,
+            flush=True,
+        )
+        return False
 
 
 def run_pip(python: Path, arguments: Sequence[str]) -> None:

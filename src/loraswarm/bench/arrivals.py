@@ -32,12 +32,14 @@ class Arrivals(Protocol):
         """
 
 
-def parse_arrivals(text: str) -> Arrivals | None:
+def parse_arrivals(text: str, field: str = "arrivals") -> Arrivals | None:
     """Read one of `FORMS`; None for `closed`, where a request is sent when another has ended.
+
+    `field` is what messages call it.
 
     Raises   ConfigError naming the field, its value and the allowed forms.
     """
-    return OptionText("arrivals", text, FORMS).parsed_by(_PARSERS)
+    return OptionText(field, text, FORMS).parsed_by(_PARSERS)
 
 
 @dataclass(frozen=True, slots=True)

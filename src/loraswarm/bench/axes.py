@@ -10,9 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loraswarm.adapters.printable import one_line
-from loraswarm.bench.figures import FIRST_TOKEN, OUTPUT_TOKENS, by_adapter, by_concurrency
+from loraswarm.bench.figures import (
+    FIRST_TOKEN,
+    OUTPUT_TOKENS,
+    Loop,
+    by_adapter,
+    by_loop,
+    last_loop,
+    loop_of,
+)
 from loraswarm.bench.reading import Point, Result
-from loraswarm.bench.table import name_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,18 +61,20 @@ def draw_throughput(axes: Axes, results: Sequence[Result]) -> None:
     colors = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     for number, result in enumerate(results):
         color = colors[number % len(colors)]
-        runs = by_concurrency(result["points"])
-        loops = sorted(key for key in runs if key is not None)
+        runs = {key: found for key, found in by_loop(result["points"]).items() if key.is_complete}
+        closed = {key.concurrency or 0: runs[key] for key in runs if not key.is_open}
+        loops = sorted(closed)
         name = f"{_label(number, result)}, " if len(results) > 1 else ""
         if loops:
-            medians = [OUTPUT_TOKENS.median_of(runs[key]) or 0.0 for key in loops]
+            medians = [OUTPUT_TOKENS.median_of(closed[key]) or 0.0 for key in loops]
             axes.plot(loops, medians, color=color, marker="o", label=f"{name}median")
-            places = [key for key in loops for _ in runs[key]]
-            rates = [row[OUTPUT_TOKENS.field] for key in loops for row in runs[key]]
+            places = [key for key in loops for _ in closed[key]]
+            rates = [row[OUTPUT_TOKENS.field] for key in loops for row in closed[key]]
             axes.scatter(places, rates, color=color, s=14, alpha=0.5)
-        if None in runs:
-            rate = OUTPUT_TOKENS.median_of(runs[None]) or 0.0
-            axes.axhline(rate, color=color, linestyle="dashed", label=f"{name}open loop")
+        for key in filter(lambda one: one.is_open, runs):
+            rate = OUTPUT_TOKENS.median_of(runs[key]) or 0.0
+            label = f"{name}{_title(key)}"
+            axes.axhline(rate, color=color, linestyle="dashed", label=label)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     _finish(axes, "requests in flight", OUTPUT_TOKENS.label)
@@ -74,11 +83,12 @@ def draw_throughput(axes: Axes, results: Sequence[Result]) -> None:
 
 def draw_adapters(axes: Axes, results: Sequence[Result]) -> None:
     """Time to first token by adapter, at the last concurrency of the first result."""
-    concurrency, summaries = list(by_concurrency(results[0]["points"]).items())[-1]
-    rows = by_adapter(summaries)
+    runs = by_loop(results[0]["points"])
+    loop = last_loop(runs)
+    rows = by_adapter(runs[loop])
     names = list(rows)[:MAX_BARS]
     title = "Time to first token by adapter"
-    title += "" if concurrency is None else f", {name_of(concurrency)} in flight"
+    title += f", {_title(loop)}"
     if len(rows) > len(names):
         title += f"\n{len(names)} of {len(rows):,} adapters: those with most requests"
     places = range(len(names))
@@ -136,11 +146,11 @@ def _lines(results: Sequence[Result]) -> Iterator[Line]:
     import matplotlib
 
     for number, result in enumerate(results):
-        points: dict[int | None, list[Point]] = {}
+        points: dict[Loop, list[Point]] = {}
         for point in result["points"]:
-            points.setdefault(point["concurrency"], []).append(point)
-        for place, (concurrency, runs) in enumerate(points.items()):
-            name = name_of(concurrency) + ("" if concurrency is None else " in flight")
+            points.setdefault(loop_of(point), []).append(point)
+        for place, (loop, runs) in enumerate(points.items()):
+            name = _title(loop)
             if len(results) == 1:
                 shade = 0.9 * (place + 0.5) / len(points)
                 yield Line(name, runs, matplotlib.colormaps["viridis"](shade), DASHES[0])
@@ -149,6 +159,10 @@ def _lines(results: Sequence[Result]) -> Iterator[Line]:
                 color = matplotlib.colormaps["tab10"](number % 10, alpha=0.3 + 0.7 * share)
                 dashes = DASHES[place % len(DASHES)]
                 yield Line(f"[{number + 1}] {name}", runs, color, dashes)
+
+
+def _title(loop: Loop) -> str:
+    return one_line(loop.title, MAX_NAME).replace("$", r"\$")
 
 
 def _label(number: int, result: Result) -> str:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,9 +97,11 @@ def calibrate(
     set_engine_environment()
     from loraswarm.engine.setup import build_engine
 
+    # Options are checked before adapters are made, which takes gigabytes.
+    fields = {"model": options.model, "prefix_caching": False}
+    config = EngineConfig.from_options(dict(options.engine) | fields)
     with _stores(options, report) as stores:
-        fields = {"model": options.model, "adapters": stores, "prefix_caching": False}
-        config = EngineConfig.from_options(dict(options.engine) | fields)
+        config = replace(config, adapters=stores)
         engine = build_engine(config, report)
         try:
             return _Calibration(engine, config, options, report, clock).run()
@@ -203,6 +205,7 @@ class _Calibration:
             max_step_tokens=config.max_step_tokens,
             max_model_len=info.max_model_len,
             pool_tokens=int((1.0 - POOL_SHARE) * info.num_pages) * info.page_tokens,
+            page_tokens=info.page_tokens,
         )
         found = possible(batches, limits, num_steps, self.report)
         return time_batches(timer, found, self.options.num_rounds, num_steps, self.report)

@@ -1,7 +1,8 @@
 """Results side by side: the medians of each file, and their ratios to the first file's.
 
-Points are matched by concurrency. Says where options or machines differ, since then a ratio may
-mean something else. Called by `loraswarm bench compare` and benchmarks/.
+Points are matched by concurrency and arrivals; interrupted runs are not compared. Says where
+options or machines differ, since then a ratio may mean something else. Called by `loraswarm bench
+compare` and benchmarks/.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from loraswarm.adapters.printable import one_line, shortened
-from loraswarm.bench.figures import FIGURES, by_concurrency, shown, total_of
+from loraswarm.bench.figures import DOUBTS, FIGURES, Loop, by_loop, shown, total_of
 from loraswarm.bench.reading import Result, read_result
-from loraswarm.bench.table import OPEN_LOOP, aligned, name_of
+from loraswarm.bench.table import aligned
 from loraswarm.errors import ConfigError
 
 # Options that say where to send and where to write, which do not change what is measured.
@@ -32,11 +33,11 @@ def compare(paths: Sequence[str | Path]) -> str:
 
 def compare_results(named: Sequence[tuple[str, Result]]) -> str:
     """The same of results that are read already, each with a name."""
-    runs = [by_concurrency(result["points"]) for _, result in named]
-    common = [key for key in runs[0] if any(key in other for other in runs[1:])]
+    runs = [by_loop(result["points"]) for _, result in named]
+    common = [key for key in runs[0] if key.is_complete and any(key in other for other in runs[1:])]
     if not common:
         have = "; ".join(
-            f"{one_line(name)}: {', '.join(name_of(key) for key in found)}"
+            f"{one_line(name)}: {', '.join(one_line(key.title) for key in found)}"
             for (name, _), found in zip(named, runs, strict=True)
         )
         raise ConfigError(f"no file has a concurrency of the first file ({have})")
@@ -48,9 +49,9 @@ def compare_results(named: Sequence[tuple[str, Result]]) -> str:
     if differences:
         parts.append("\n".join(differences))
     parts += [_part(key, [found.get(key, []) for found in runs]) for key in common]
-    left = sorted(name_of(key) for found in runs for key in found if key not in common)
+    left = sorted({one_line(key.name) for found in runs for key in found if key not in common})
     if left:
-        parts.append(f"in flight, in one file only: {', '.join(dict.fromkeys(left))}")
+        parts.append(f"in flight, not compared: {', '.join(left)}")
     return "\n\n".join(parts)
 
 
@@ -73,15 +74,17 @@ def _differences(what: str, found: Sequence[Mapping[str, Any]], ignored: set[str
     return lines
 
 
-def _part(concurrency: int | None, columns: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+def _part(loop: Loop, columns: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     """One table: a value for each file, and a ratio to the first for each but the first."""
-    title = OPEN_LOOP if concurrency is None else f"{name_of(concurrency)} in flight"
-    rows = [[title, "[1]"]]
+    rows = [[one_line(loop.title), "[1]"]]
     for number in range(2, len(columns) + 1):
         rows[0] += [f"[{number}]", f"[{number}]/[1]"]
     for label, count in (("requests", "num_requests"), ("failed requests", "num_errors")):
         totals = [f"{total_of(runs, count):,}" if runs else "-" for runs in columns]
         rows.append(_row(label, totals))
+    for label, count in (("answers not counted", DOUBTS[0]), ("of other length", DOUBTS[1])):
+        if any(total_of(runs, count) for runs in columns):
+            rows.append(_row(label, [f"{total_of(runs, count):,}" for runs in columns]))
     for figure in FIGURES:
         values = [figure.median_of(summaries) for summaries in columns]
         if any(value is not None for value in values):

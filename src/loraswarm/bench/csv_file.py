@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from loraswarm.bench.figures import loop_of
 from loraswarm.bench.reading import Result
 
 COUNTS = (
@@ -20,6 +21,8 @@ COUNTS = (
     "total_output_tokens",
     "total_prompt_tokens",
     "total_cached_tokens",
+    "num_uncounted",
+    "num_other_length",
 )
 RATES = ("duration_s", "output_tokens_per_s", "requests_per_s", "goodput_per_s")
 DISTRIBUTIONS = (
@@ -49,7 +52,9 @@ def _lines(result: Result) -> Iterator[dict[str, Any]]:
     for name in ("environment", "options"):
         about |= {f"{name}.{key}": _cell(value) for key, value in result[name].items()}
     for number, point in enumerate(result["points"]):
-        run = {"run": number, "concurrency": point["concurrency"], "seed": point.get("seed")}
+        loop = loop_of(point)
+        run = {"run": number, "concurrency": loop.concurrency, "arrivals": loop.arrivals}
+        run |= {"is_complete": loop.is_complete, "seed": point.get("seed")}
         summary = point["summary"]
         yield {**run, "row": "all", "adapter": None, **_figures(summary), **about}
         for name, row in summary["per_adapter"].items():

@@ -9,9 +9,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 PERCENTILES = ("p50", "p90", "p95", "p99")
+CLOSED = "closed"
+OPEN_LOOP = "open loop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +58,60 @@ BETWEEN_TOKENS = percentiles("ITL, ms", "inter_token_latency_s", 1000.0)
 LATENCY = percentiles("latency, s", "request_latency_s")
 FIGURES = (*RATES, *FIRST_TOKEN, *BETWEEN_TOKENS, *LATENCY)
 COUNTS = ("num_requests", "num_errors", "total_output_tokens", "total_prompt_tokens")
+DOUBTS = ("num_uncounted", "num_other_length")
 
 
-def by_concurrency(points: Iterable[Mapping[str, Any]]) -> dict[int | None, list[dict[str, Any]]]:
-    """The summaries of a result's points; repeats of one concurrency together, in their order."""
-    grouped: dict[int | None, list[dict[str, Any]]] = {}
+class Loop(NamedTuple):
+    """What makes runs repeats of each other. Interrupted ones are repeats of none that ended.
+
+    `arrivals` is `CLOSED`, or how requests arrive in an open loop; `concurrency` bounds what is in
+    flight, None: nothing does.
+    """
+
+    concurrency: int | None
+    arrivals: str = CLOSED
+    is_complete: bool = True
+
+    @property
+    def is_open(self) -> bool:
+        return self.arrivals != CLOSED
+
+    @property
+    def name(self) -> str:
+        """How many requests are in flight, for the head of a column."""
+        name = self.arrivals if self.is_open else f"{self.concurrency:,}"
+        if self.is_open and self.concurrency is not None:
+            name += f", at most {self.concurrency:,}"
+        return name if self.is_complete else f"{name} (interrupted)"
+
+    @property
+    def title(self) -> str:
+        """The same to stand alone."""
+        if not self.is_open:
+            return f"{self.concurrency:,} in flight" + self.name.removeprefix(
+                f"{self.concurrency:,}"
+            )
+        return self.name if self.name.startswith(OPEN_LOOP) else f"{OPEN_LOOP}, {self.name}"
+
+
+def loop_of(point: Mapping[str, Any]) -> Loop:
+    """Of a run in its JSON form. What does not tell its arrivals is open if nothing bounds it."""
+    concurrency = point["concurrency"]
+    arrivals = point.get("arrivals", OPEN_LOOP if concurrency is None else CLOSED)
+    return Loop(concurrency, arrivals, point.get("is_complete", True))
+
+
+def by_loop(points: Iterable[Mapping[str, Any]]) -> dict[Loop, list[dict[str, Any]]]:
+    """The summaries of a result's points; repeats of one loop together, in their order."""
+    grouped: dict[Loop, list[dict[str, Any]]] = {}
     for point in points:
-        grouped.setdefault(point["concurrency"], []).append(point["summary"])
+        grouped.setdefault(loop_of(point), []).append(point["summary"])
     return grouped
+
+
+def last_loop(loops: Iterable[Loop]) -> Loop:
+    """The last that was not interrupted, if there is one."""
+    return max(enumerate(loops), key=lambda one: (one[1].is_complete, one[0]))[1]
 
 
 def by_adapter(summaries: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -77,7 +125,7 @@ def by_adapter(summaries: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[st
 
 def total_of(rows: Sequence[Mapping[str, Any]], count: str) -> int:
     """The sum of a count over rows: a failure in one repeat must not vanish in a median."""
-    return sum(row[count] for row in rows)
+    return sum(row.get(count, 0) for row in rows)
 
 
 def shown(value: float | None) -> str:

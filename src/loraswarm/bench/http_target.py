@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -132,6 +133,7 @@ class HttpTarget:
             num_output=_known(answer.num_output, num_parts),
             error=error,
             cached_tokens=answer.cached_tokens,
+            is_counted=answer.num_output is not None,
         )
 
     async def close(self) -> None:
@@ -191,10 +193,19 @@ class HttpTarget:
 def endpoint_root(url: str) -> str:
     """`url` without `/v1` and slashes at its end. Raises ConfigError if it is no URL of HTTP."""
     root = url.rstrip("/").removesuffix("/v1").rstrip("/")
-    scheme, _, host = root.partition("://")
-    if scheme not in ("http", "https") or not host:
+    if not _is_endpoint(root):
         raise ConfigError(f"{url!r} is no URL of an endpoint; write http://HOST:PORT")
     return root
+
+
+def _is_endpoint(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        has_host = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, a port that is none
+        return False
+    is_address = has_host and not parts.query and not parts.fragment
+    return parts.scheme in ("http", "https") and is_address and url.isprintable() and " " not in url
 
 
 async def list_models(url: str, api_key: str | None = None) -> list[ListedModel]:

@@ -90,6 +90,9 @@ class Row:
     `duration_s` is the whole run's, also in an adapter's row, so that the rates of rows add up; it
     is 0, and the rates with it, if nothing succeeded. `total_cached_tokens` of the prompts were not
     computed; None if the server told it for no request. `goodput_per_s` is None without limits.
+    Of those that succeeded, `num_uncounted` are the ones whose output tokens the server did not
+    tell, so that parts of the stream stand for them; `num_other_length` of the rest do not have the
+    number of output tokens that was asked for.
     """
 
     num_requests: int
@@ -101,6 +104,8 @@ class Row:
     total_output_tokens: int
     total_prompt_tokens: int
     total_cached_tokens: int | None
+    num_uncounted: int
+    num_other_length: int
     goodput_per_s: float | None
     time_to_first_token_s: Statistics | None
     inter_token_latency_s: Statistics | None
@@ -181,6 +186,10 @@ def _row(records: Sequence[RequestRecord], duration_s: float, goodput: Goodput |
         total_output_tokens=num_output,
         total_prompt_tokens=sum(record.num_prompt for record in succeeded),
         total_cached_tokens=sum(cached) if cached else None,
+        num_uncounted=sum(not record.is_counted for record in succeeded),
+        num_other_length=sum(
+            record.is_counted and record.num_output != record.max_tokens for record in succeeded
+        ),
         goodput_per_s=None if num_good is None else _rate(num_good, duration_s),
         time_to_first_token_s=Statistics.of(one.time_to_first_token_s for one in metrics),
         inter_token_latency_s=Statistics.of(one.inter_token_latency_s for one in metrics),

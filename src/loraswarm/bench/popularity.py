@@ -47,15 +47,18 @@ class Popularity(Protocol):
         """
 
 
-def parse_popularity(text: str, adapters: Sequence[str] = ()) -> Popularity:
+def parse_popularity(
+    text: str, adapters: Sequence[str] = (), field: str = "popularity"
+) -> Popularity:
     """Read one of `FORMS`.
 
     A trace's names must be among `adapters`, the names in the order of the indices; with `renamed`
-    the k-th distinct name of the file stands for the k-th adapter, whatever it is called.
+    the k-th distinct name of the file stands for the k-th adapter, whatever it is called. `field`
+    is what messages call the option.
 
     Raises   ConfigError naming the field, its value and the allowed forms.
     """
-    option = OptionText("popularity", text, FORMS)
+    option = OptionText(field, text, FORMS)
     popularity = option.parsed_by(_PARSERS)
     if isinstance(popularity, TracePopularity):
         return replace(popularity, adapters=tuple(adapters))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from loraswarm.adapters.printable import one_line, shortened
-from loraswarm.bench.figures import COUNTS, FIGURES
+from loraswarm.bench.figures import CLOSED, COUNTS, DOUBTS, FIGURES
 from loraswarm.errors import ConfigError
 
 FORMAT = "loraswarm-bench"
@@ -78,6 +78,7 @@ def _check_point(point: object, where: str) -> None:
         _check_number(concurrency, f"{where}.concurrency", is_count=True)
         if concurrency < 1:
             raise ValueError(f"{where}.concurrency is missing or 0")
+    _check_loop(fields, where)
     summary = _object(fields.get("summary"), f"{where}.summary")
     _check_row(summary, f"{where}.summary")
     rows = _object(summary.get("per_adapter"), f"{where}.summary.per_adapter")
@@ -88,9 +89,23 @@ def _check_point(point: object, where: str) -> None:
         _check_record(record, f"{where}.records[{number}]")
 
 
+def _check_loop(fields: dict[str, Any], where: str) -> None:
+    """How requests came and how the run ended; older results tell neither."""
+    arrivals = fields.get("arrivals", "")
+    if not isinstance(arrivals, str):
+        raise ValueError(f"{where}.arrivals is {shortened(arrivals)}, not a text")
+    if arrivals == CLOSED and fields["concurrency"] is None:
+        raise ValueError(f"{where}.concurrency is None, but arrivals is {CLOSED!r}")
+    is_complete = fields.get("is_complete", True)
+    if not isinstance(is_complete, bool):
+        raise ValueError(f"{where}.is_complete is {shortened(is_complete)}, not true or false")
+
+
 def _check_row(row: dict[str, Any], where: str) -> None:
     for name in COUNTS:
         _check_number(row.get(name), f"{where}.{name}", is_count=True)
+    for name in DOUBTS:
+        _check_number(row.get(name, 0), f"{where}.{name}", is_count=True)
     for reason, count in _object(row.get("errors"), f"{where}.errors").items():
         _check_number(count, f"{where}.errors[{shortened(reason)}]", is_count=True)
     for figure in FIGURES:

@@ -35,8 +35,9 @@ class RequestRecord:
 
     `response_s` is when each part of the answer that had text came, in order; a part may hold
     several tokens. `num_output` and `num_prompt` are the server's counts if it told them, else the
-    number of parts and the length of what was sent. `cached_tokens` of the prompt were not
-    computed, if the server said so. A failed request has `error`, one line, and keeps what it got.
+    number of parts and the length of what was sent; `is_counted` is whether it told `num_output`.
+    `cached_tokens` of the prompt were not computed, if the server said so. A failed request has
+    `error`, one line, and keeps what it got.
     """
 
     index: int
@@ -48,6 +49,7 @@ class RequestRecord:
     num_output: int
     error: str | None = None
     cached_tokens: int | None = None
+    is_counted: bool = True
 
 
 class Target(Protocol):

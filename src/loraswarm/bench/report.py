@@ -38,12 +38,19 @@ def point_of(
     summary: Summary,
     records: Sequence[RequestRecord] = (),
     seed: int | None = None,
+    arrivals: str | None = None,
+    is_complete: bool = True,
 ) -> Point:
-    """One run: `concurrency` None for an open loop; `seed` made its workload.
+    """One run: `concurrency` is None where nothing bounds it; `seed` made its workload.
 
-    `records` are every request of the run; plots of distributions need them.
+    `records` are every request of the run; plots of distributions need them. `arrivals` as the
+    workload has them; None: a closed loop, or an open one if nothing bounds it. A run that is not
+    `is_complete` was interrupted.
     """
-    point: Point = {"concurrency": concurrency, "summary": dataclasses.asdict(summary)}
+    point: Point = {"concurrency": concurrency, "is_complete": is_complete}
+    if arrivals is not None:
+        point["arrivals"] = arrivals
+    point["summary"] = dataclasses.asdict(summary)
     if seed is not None:
         point["seed"] = seed
     if records:

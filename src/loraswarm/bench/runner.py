@@ -47,9 +47,11 @@ async def run(
 
     Requests without `arrival_s` are a closed loop with `concurrency` of them in flight. Those with
     it are an open loop; a `concurrency` then bounds how many are in flight, and the wait for a
-    place is not part of a request's times. `warmup` is sent before, `concurrency` at a time (one
-    if that is None), and is in no record. After an interrupt (Ctrl-C) no more is sent, what is in
-    flight is given up with the error `INTERRUPTED`, and the records there are are returned.
+    place is not part of a request's times, so that a slow target looks better than it is. `warmup`
+    is sent before, `concurrency` at a time (one if that is None), and is in no record. After an
+    interrupt (Ctrl-C) no more is sent, what is in flight or waits for a place is given up with the
+    error `INTERRUPTED`, and the records there are
+    are returned.
     Raises   ConfigError if requests and `concurrency` do not make a loop.
     """
     _check(requests, concurrency)
@@ -86,6 +88,7 @@ class _Drive:
         self._now = asyncio.get_running_loop().time
         self._start_s = self._now()
         self._records: list[RequestRecord] = []
+        self._waiting: dict[int, tuple[PlannedRequest, float]] = {}
         self._in_flight: dict[int, tuple[PlannedRequest, float]] = {}
         self._num_failed = 0
         self._num_output = 0
@@ -103,9 +106,11 @@ class _Drive:
             sending.cancel()
             stopping.cancel()
             await asyncio.gather(sending, stopping, return_exceptions=True)
-        if self._in_flight:
-            log.warning("run interrupted in_flight=%d", len(self._in_flight))
-        left = [_interrupted(request, at_s) for request, at_s in self._in_flight.values()]
+        given_up = [*self._in_flight.values(), *self._waiting.values()]
+        if given_up:
+            num_in_flight, num_waiting = len(self._in_flight), len(self._waiting)
+            log.warning("run interrupted in_flight=%d waiting=%d", num_in_flight, num_waiting)
+        left = [_interrupted(request, at_s) for request, at_s in given_up]
         return sorted(self._records + left, key=lambda record: record.index)
 
     async def _closed_loop(self) -> None:
@@ -130,7 +135,9 @@ class _Drive:
     async def _send_in_place(
         self, request: PlannedRequest, places: asyncio.Semaphore | None
     ) -> None:
+        self._waiting[request.index] = request, self._clock()
         async with places or contextlib.nullcontext():
+            del self._waiting[request.index]
             await self._send(request)
 
     async def _send(self, request: PlannedRequest) -> None:

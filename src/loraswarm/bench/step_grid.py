@@ -22,12 +22,16 @@ LONG_PROMPT = 2000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What an engine can run at once: rows, tokens of a step, of a sequence, and of all."""
+    """What an engine can run at once: rows, tokens of a step, of a sequence, and of all.
+
+    A sequence takes whole pages of `page_tokens`.
+    """
 
     num_sequences: int
     max_step_tokens: int
     max_model_len: int
     pool_tokens: int
+    page_tokens: int
 
     def allow(self, batch: Batch, num_steps: int) -> bool:
         """Whether the batch can be run without preempting or ending any of it."""
@@ -36,13 +40,17 @@ class Limits:
         read_steps = 1 + num_rows * batch.context // max(1, self.max_step_tokens - num_rows)
         context = batch.context + read_steps + SKIPPED_STEPS + num_steps + 1
         longest = max([context if num_rows else 0, *(length + 1 for length in lengths)])
+        held = [context] * num_rows + [length + 1 for length in lengths]
         is_step = len(lengths) == 1 and not num_rows
         return (
             num_rows + len(lengths) <= self.num_sequences
             and longest <= self.max_model_len
-            and num_rows * context + sum(lengths) <= self.pool_tokens
+            and sum(map(self._paged, held)) <= self.pool_tokens
             and (is_step or num_rows + sum(lengths) <= self.max_step_tokens)
         )
+
+    def _paged(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_tokens) * self.page_tokens
 
 
 def fitted_batches(adapters: Sequence[str]) -> list[Batch]:

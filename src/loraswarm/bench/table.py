@@ -14,18 +14,20 @@ from typing import Any
 from loraswarm.adapters.printable import one_line
 from loraswarm.bench.figures import (
     BETWEEN_TOKENS,
+    DOUBTS,
     FIGURES,
     FIRST_TOKEN,
     LATENCY,
     OUTPUT_TOKENS,
+    Loop,
     by_adapter,
-    by_concurrency,
+    by_loop,
+    last_loop,
     shown,
     total_of,
 )
 from loraswarm.bench.reading import Result
 
-OPEN_LOOP = "open loop"
 GAP = "  "
 MAX_ADAPTERS = 20
 MAX_NAME = 60
@@ -42,11 +44,14 @@ ADAPTER_FIGURES = (
 
 def table(result: Result) -> str:
     """All that people are shown of a result: several lines, no line break at the end."""
-    runs = by_concurrency(result["points"])
+    runs = by_loop(result["points"])
     parts = [heading(result), aligned(_runs_table(runs))]
-    concurrency, last = list(runs.items())[-1]
-    if any(len(summary["per_adapter"]) > 1 for summary in last):
-        parts.append(_adapters_part(name_of(concurrency), last))
+    last = last_loop(runs)
+    if any(len(summary["per_adapter"]) > 1 for summary in runs[last]):
+        parts.append(_adapters_part(last, runs[last]))
+    parts += _doubts_part([point["summary"] for point in result["points"]])
+    if not all(loop.is_complete for loop in runs):
+        parts.append("INTERRUPTED: a run was cut off; it stands by itself and is in no median")
     parts += _errors_part(reasons_of(result))
     return "\n\n".join(parts)
 
@@ -72,11 +77,6 @@ def heading(result: Result) -> str:
     return f"{one_line(result['target'])}\n{machine}"
 
 
-def name_of(concurrency: int | None) -> str:
-    """How many requests were in flight."""
-    return OPEN_LOOP if concurrency is None else f"{concurrency:,}"
-
-
 def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> str:
     """Lines of equal columns: the first to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
@@ -88,9 +88,9 @@ def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> str:
     return "\n".join(lines)
 
 
-def _runs_table(runs: Mapping[int | None, list[dict[str, Any]]]) -> list[list[str]]:
+def _runs_table(runs: Mapping[Loop, list[dict[str, Any]]]) -> list[list[str]]:
     columns = list(runs.values())
-    rows = [["requests in flight", *(name_of(concurrency) for concurrency in runs)]]
+    rows = [["requests in flight", *(one_line(loop.name) for loop in runs)]]
     if any(len(summaries) > 1 for summaries in columns):
         rows.append(["runs (medians below)", *(f"{len(summaries)}" for summaries in columns)])
     for label, count in (("requests", "num_requests"), ("failed requests", "num_errors")):
@@ -102,7 +102,7 @@ def _runs_table(runs: Mapping[int | None, list[dict[str, Any]]]) -> list[list[st
     return rows
 
 
-def _adapters_part(concurrency: str, summaries: Sequence[Mapping[str, Any]]) -> str:
+def _adapters_part(loop: Loop, summaries: Sequence[Mapping[str, Any]]) -> str:
     rows_of = by_adapter(summaries)
     lines = [
         [
@@ -116,8 +116,7 @@ def _adapters_part(concurrency: str, summaries: Sequence[Mapping[str, Any]]) -> 
         counts = [f"{total_of(rows, count):,}" for count in ("num_requests", "num_errors")]
         figures = [shown(figure.median_of(rows)) for figure in ADAPTER_FIGURES]
         lines.append([one_line(name, MAX_NAME), *counts, *figures])
-    text = f"{concurrency} in flight, by adapter\n" if concurrency != OPEN_LOOP else "by adapter\n"
-    text += aligned(lines)
+    text = f"{one_line(loop.title)}, by adapter\n{aligned(lines)}"
     if len(rows_of) > MAX_ADAPTERS:
         text += (
             f"\n... and {len(rows_of) - MAX_ADAPTERS:,} more with fewer requests (--json, --csv)"
@@ -131,6 +130,22 @@ def reasons_of(result: Result) -> Counter[str]:
     for point in result["points"]:
         reasons.update(point["summary"]["errors"])
     return reasons
+
+
+def _doubts_part(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What throws doubt on the tokens of the figures."""
+    num_uncounted, num_other = (total_of(summaries, name) for name in DOUBTS)
+    lines = []
+    if num_uncounted:
+        lines.append(
+            f"NOT COUNTED: {num_uncounted:,} answers came without the server's count of tokens;"
+            " each part of their streams is taken for one token"
+        )
+    if num_other:
+        lines.append(
+            f"OTHER LENGTH: {num_other:,} answers have not as many tokens as were asked for"
+        )
+    return ["\n".join(lines)] if lines else []
 
 
 def _errors_part(reasons: Counter[str]) -> list[str]:

@@ -1,23 +1,29 @@
 """Trace files: when requests came, for which adapter, with how many tokens.
 
 A file is CSV with a header or JSON lines, each row one request, in order of arrival, with any of
-the columns arrival_s, adapter, prompt_tokens and output_tokens. This module reads and checks it;
-what a column is used for is popularity's, lengths' and arrivals', which call it.
+the columns arrival_s, adapter, prompt_tokens and output_tokens; or what benchmarks/traces writes.
+Gzipped if it ends with .gz. This module reads and checks it; what a column is used for is
+popularity's, lengths' and arrivals', which call it.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TextIO, TypeVar
 
 from loraswarm.errors import ConfigError
 
 MAX_TOKENS = 1 << 24
 MAX_SECONDS = 1e12
+GZIPPED = ".gz"
+RECORDED_KEY = "num_adapters"  # in the first line of what benchmarks/traces writes
+RECORDED_FORM = "[arrival_s, adapter, session, prompt_tokens, output_tokens]"
 Value = TypeVar("Value")
 Pairs = list[tuple[str, Any]]
 
@@ -69,11 +75,12 @@ def _column(path: Path, name: str) -> Column[Any]:
 
 def _read(path: Path) -> dict[str, list[Any]]:
     """All columns, checked: every row has the same, and they ascend where they must."""
-    if path.suffix not in _ROWS:
-        raise ConfigError(f"trace {path} must be a file of {' or '.join(_ROWS)}")
+    rows_of = _ROWS.get(Path(path.name.removesuffix(GZIPPED)).suffix)
+    if rows_of is None:
+        raise ConfigError(f"trace {path} must be a file of {' or '.join(_ROWS)}, or .gz of one")
     columns: dict[str, list[Any]] = {}
     try:
-        for num_before, (line, pairs) in enumerate(_ROWS[path.suffix](path)):
+        for num_before, (line, pairs) in enumerate(rows_of(path)):
             place = f"trace {path}, line {line}"
             row = _checked_row(place, pairs)
             if num_before and row.keys() != columns.keys():
@@ -81,16 +88,23 @@ def _read(path: Path) -> dict[str, list[Any]]:
             for name, value in row.items():
                 columns.setdefault(name, []).append(value)
             _require_ascent(place, columns.get("arrival_s", []))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"trace {path} cannot be read: {error}") from error
     if not columns:
         raise ConfigError(f"trace {path} has no requests")
     return columns
 
 
+def _open(path: Path) -> TextIO:
+    """As text, line breaks as they are."""
+    if path.name.endswith(GZIPPED):
+        return gzip.open(path, "rt", encoding="utf-8", newline="")
+    return path.open(encoding="utf-8", newline="")
+
+
 def _csv_rows(path: Path) -> Iterator[tuple[int, Pairs]]:
     """(line, columns and values) of each row; texts become what JSON would hold."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with _open(path) as file:
         reader = csv.reader(file, strict=True, skipinitialspace=True)
         header = [name.strip() for name in next(reader, [])]
         for fields in reader:
@@ -106,7 +120,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Pairs]]:
 
 
 def _from_text(place: str, name: str, text: str) -> Any:
-    if name == "adapter":
+    if name == "adapter" or name not in _ALLOWED:
         return text or None
     try:
         return float(text) if name == "arrival_s" else int(text)
@@ -116,18 +130,53 @@ def _from_text(place: str, name: str, text: str) -> Any:
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Pairs]]:
     """(line, keys and values) of each line that is not empty."""
-    with path.open(encoding="utf-8") as file:
+    is_recorded, names = False, None
+    for line, value in _json_lines(path):
+        place = f"trace {path}, line {line}"
+        if names is not None:
+            yield line, _recorded_row(place, names, value)
+        elif is_recorded:
+            names = _recorded_names(place, value)
+        elif not isinstance(value, tuple):
+            raise ConfigError(f"{place}: not a JSON object")
+        elif line == 1 and RECORDED_KEY in dict(value):
+            is_recorded = True
+        else:
+            yield line, list(value)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, value); a tuple of pairs is an object, which shows keys that come twice."""
+    with _open(path) as file:
         for line, text in enumerate(file, start=1):
             if not text.strip():
                 continue
             try:
-                # A tuple tells an object from a list and shows keys that come twice.
-                pairs = json.loads(text, object_pairs_hook=tuple)
+                yield line, json.loads(text, object_pairs_hook=tuple)
             except (ValueError, RecursionError) as error:
                 raise ConfigError(f"trace {path}, line {line}: not JSON: {error}") from error
-            if not isinstance(pairs, tuple):
-                raise ConfigError(f"trace {path}, line {line}: not a JSON object")
-            yield line, list(pairs)
+
+
+def _recorded_names(place: str, adapters: Any) -> list[str]:
+    """Of the second line of benchmarks/traces: an array for each adapter, its name first."""
+    if not isinstance(adapters, list) or not all(isinstance(one, list) and one and isinstance(one[0], str) for one in adapters):
+        raise ConfigError(f"{place}: not a list of adapters, each [name, ...]")
+    return [one[0] for one in adapters]
+
+
+def _recorded_row(place: str, names: list[str], row: Any) -> Pairs:
+    """Of the other lines: [arrival_s, index of adapter, session, prompt tokens, output tokens]."""
+    if not isinstance(row, list) or len(row) != 5:
+        raise ConfigError(f"{place}: not an array of {RECORDED_FORM}")
+    arrival_s, index, _, num_prompt, num_output = row
+    if type(index) is not int or not 0 <= index < len(names):
+        raise ConfigError(f"{place}: {index!r} is no index of one of {len(names)} adapters")
+    return [
+        ("arrival_s", arrival_s),
+        ("adapter", names[index]),
+        ("prompt_tokens", num_prompt),
+        ("output_tokens", num_output),
+    ]
 
 
 def _checked_row(place: str, pairs: Pairs) -> dict[str, Any]:

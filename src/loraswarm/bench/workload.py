@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,17 @@ from loraswarm.errors import ConfigError
 # Lower ids are often special: unknown, begin and end of a text.
 FIRST_TOKEN_ID = 3
 MAX_REQUESTS = 10_000_000
+MIN_WARMUP = 8
+# A warm-up's prompts must not be among those of a later run, or prefixes would be cached.
+WARMUP_SEEDS = 1 << 62
+RANGES: dict[str, tuple[float, float]] = {
+    "num_requests": (1, MAX_REQUESTS),
+    "base_share": (0.0, 1.0),
+    "shared_prefix_share": (0.0, 1.0),
+    "num_prefixes": (1, MAX_REQUESTS),
+    "vocab_size": (FIRST_TOKEN_ID + 2, 1 << 31),
+    "seed": (0, (1 << 63) - 1),
+}
 
 Indices = NDArray[np.int64]
 
@@ -53,12 +64,8 @@ class WorkloadSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_within("num_requests", self.num_requests, 1, MAX_REQUESTS)
-        _require_within("base_share", self.base_share, 0.0, 1.0)
-        _require_within("shared_prefix_share", self.shared_prefix_share, 0.0, 1.0)
-        _require_within("num_prefixes", self.num_prefixes, 1, MAX_REQUESTS)
-        _require_within("vocab_size", self.vocab_size, FIRST_TOKEN_ID + 2, 1 << 31)
-        _require_within("seed", self.seed, 0, (1 << 63) - 1)
+        for field in RANGES:
+            require_in_range(field, getattr(self, field))
         twice = [name for name, count in Counter(self.adapters).items() if count > 1]
         if twice:
             raise ConfigError(f"adapters: {twice[0]!r} is listed twice")
@@ -114,6 +121,34 @@ def build_requests(spec: WorkloadSpec) -> list[PlannedRequest]:
     ]
 
 
+def warmup_requests(
+    spec: WorkloadSpec, requests: Sequence[PlannedRequest], num: int | None
+) -> list[PlannedRequest]:
+    """Requests to send before those of `spec`: each model that they ask for in turn, the first
+    asked for first, with prompts of their own. `num` None: one for each model, at least
+    `MIN_WARMUP`.
+
+    Lengths are drawn as for the run; where a trace has fewer of them than `num`, they come again.
+    """
+    models = list(dict.fromkeys(request.adapter for request in requests))
+    num = max(MIN_WARMUP, len(models)) if num is None else num
+    if num == 0:
+        return []
+    drawn = build_requests(
+        replace(
+            spec,
+            num_requests=min(num, spec.num_requests),
+            popularity="uniform",
+            arrivals="closed",
+            seed=(spec.seed + WARMUP_SEEDS) % (1 << 63),
+        )
+    )
+    return [
+        replace(drawn[index % len(drawn)], index=index, adapter=models[index % len(models)])
+        for index in range(num)
+    ]
+
+
 def _draw_adapters(spec: WorkloadSpec, streams: _Streams) -> Indices:
     """An index of `spec.adapters` or BASE for each request."""
     popularity = parse_popularity(spec.popularity, spec.adapters)
@@ -162,8 +197,13 @@ def _tokens(
     return tokens
 
 
-def _require_within(field: str, value: float, low: float, high: float) -> None:
+def require_in_range(field: str, value: float, name: str | None = None) -> None:
+    """Refuse a number that a WorkloadSpec cannot have; `name` is what the message calls it.
+
+    Raises   ConfigError.
+    """
+    low, high = RANGES[field]
     if isinstance(low, int) and type(value) is not int:
-        raise ConfigError(f"{field} is {value!r}, it must be an integer")
+        raise ConfigError(f"{name or field} is {value!r}, it must be an integer")
     if not low <= value <= high:
-        raise ConfigError(f"{field} is {value}, it must be from {low:,} to {high:,}")
+        raise ConfigError(f"{name or field} is {value}, it must be from {low:,} to {high:,}")

@@ -11,30 +11,47 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from loraswarm.adapters.printable import one_line
 from loraswarm.bench import compare as comparison
 from loraswarm.bench import plot as pictures
+from loraswarm.bench.arrivals import parse_arrivals
 from loraswarm.bench.csv_file import write_csv
+from loraswarm.bench.figures import Loop
 from loraswarm.bench.goodput import parse_goodput
 from loraswarm.bench.lengths import parse_lengths
 from loraswarm.bench.metrics import summarize
+from loraswarm.bench.popularity import TracePopularity, parse_popularity
 from loraswarm.bench.reading import Result, read_result
 from loraswarm.bench.report import Point, point_of, result_of, without_records, write_json
 from loraswarm.bench.runner import Progress, is_complete, run
 from loraswarm.bench.table import print_table, reasons_of
-from loraswarm.bench.workload import WorkloadSpec, build_requests
+from loraswarm.bench.workload import (
+    WorkloadSpec,
+    build_requests,
+    require_in_range,
+    warmup_requests,
+)
 from loraswarm.commands.bench_options import BenchOptions, written
+from loraswarm.commands.bench_outputs import check_outputs, write_each
 from loraswarm.commands.bench_target import Measured, open_endpoint, start_engine
 from loraswarm.errors import ConfigError, LoRASwarmError
 
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
-# Warm-up requests must not be among those of a later run, or prefixes would be cached.
-WARMUP_SEEDS = 1 << 40
+# What the command line calls the numbers of a WorkloadSpec.
+NUMBERS = {
+    "num_requests": "requests",
+    "base_share": "base_share",
+    "shared_prefix_share": "shared_prefix",
+    "num_prefixes": "prefixes",
+    "vocab_size": "vocab_size",
+    "seed": "seed",
+}
+FILES = ("json", "csv", "plot")
 
 
 def bench(options: BenchOptions) -> int:
@@ -44,22 +61,26 @@ def bench(options: BenchOptions) -> int:
              as far as that can be known. LoRASwarmError if every request failed.
     """
     options.check()
-    _check_outputs(options)
-    _check_texts(options)
+    check_outputs({written(name): getattr(options, name) for name in FILES})
+    if options.plot is not None:
+        pictures.check_plot(options.plot)
+    _check_workload(options)
     runs = options.concurrencies() * options.repeats
     engine = start_engine(options) if options.offline is not None else None
     result, is_whole = asyncio.run(_measure(options, runs, engine))
     if not result["points"]:
         return INTERRUPTED
-    print_table(result)
-    _write(options, result)
+    try:
+        _write(options, result)
+    finally:
+        print_table(result)
     return _exit_code(options, result) if is_whole else INTERRUPTED
 
 
 def compare(paths: Sequence[str], plot: str | None) -> None:
     """Print how the results in the files compare, and draw them into `plot` if that is given."""
     if plot is not None:
-        _check_output("--plot", plot)
+        check_outputs({"--plot": plot})
         pictures.check_plot(plot)
     print(comparison.compare(paths))
     if plot is not None:
@@ -94,21 +115,18 @@ async def _run_once(
 ) -> tuple[Point | None, bool]:
     """One run, and whether it came to its end; None if it was interrupted before it began."""
     requests = build_requests(spec)
-    warmup = []
-    if options.warmup:
-        seed = spec.seed + WARMUP_SEEDS
-        warmup = build_requests(
-            dataclasses.replace(spec, seed=seed, num_requests=options.warmup, arrivals="closed")
-        )
-    with _progress_bar(concurrency) as progress:
+    warmup = warmup_requests(spec, requests, options.warmup)
+    with _progress_bar(Loop(concurrency, spec.arrivals).title) as progress:
         records = await run(
             measured.target, requests, concurrency=concurrency, warmup=warmup, progress=progress
         )
     if not records:
         return None, False
     goodput = None if options.goodput is None else parse_goodput(options.goodput)
-    point = point_of(concurrency, summarize(records, goodput), records, spec.seed)
-    return point, is_complete(requests, records)
+    is_whole = is_complete(requests, records)
+    summary = summarize(records, goodput)
+    point = point_of(concurrency, summary, records, spec.seed, spec.arrivals, is_whole)
+    return point, is_whole
 
 
 def _spec(options: BenchOptions, adapters: tuple[str, ...]) -> WorkloadSpec:
@@ -135,9 +153,8 @@ def _spec(options: BenchOptions, adapters: tuple[str, ...]) -> WorkloadSpec:
 
 
 @contextmanager
-def _progress_bar(concurrency: int | None) -> Iterator[Callable[[Progress], None]]:
+def _progress_bar(name: str) -> Iterator[Callable[[Progress], None]]:
     """A bar on standard error if that is a terminal: warm-up first, then the run."""
-    name = "open loop" if concurrency is None else f"{concurrency} in flight"
     with tqdm(disable=None, leave=False, file=sys.stderr, unit="request") as bar:
 
         def show(progress: Progress) -> None:
@@ -152,27 +169,23 @@ def _progress_bar(concurrency: int | None) -> Iterator[Callable[[Progress], None
         yield show
 
 
-def _check_texts(options: BenchOptions) -> None:
+def _check_workload(options: BenchOptions) -> None:
     """Read what can be read before an engine is started, under the options' own names."""
-    parse_lengths(options.prompt_tokens, "--prompt-tokens")
-    parse_lengths(options.output_tokens, "--output-tokens")
+    for field, name in NUMBERS.items():
+        require_in_range(field, getattr(options, name), written(name))
+    rng = np.random.default_rng(0)
+    for name in ("prompt_tokens", "output_tokens"):
+        parse_lengths(getattr(options, name), written(name)).draw(options.requests, rng)
+    arrivals = parse_arrivals(options.arrivals, "--arrivals")
+    if arrivals is not None:
+        arrivals.draw(options.requests, rng)
+    popularity = parse_popularity(options.popularity, options.adapter_names, "--popularity")
+    if options.adapter_names:
+        popularity.draw(len(options.adapter_names), options.requests, rng)
+    elif isinstance(popularity, TracePopularity):
+        popularity.column.first(options.requests)
     if options.goodput is not None:
         parse_goodput(options.goodput)
-
-
-def _check_outputs(options: BenchOptions) -> None:
-    """See that what a long run finds can be written."""
-    for name in ("json", "csv", "plot"):
-        path = getattr(options, name)
-        if path is not None:
-            _check_output(written(name), path)
-    if options.plot is not None:
-        pictures.check_plot(options.plot)
-
-
-def _check_output(name: str, path: str) -> None:
-    if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
-        raise ConfigError(f"{name} is {path!r}; it must be a file in a directory that exists")
 
 
 def _recorded(options: BenchOptions, measured: Measured) -> dict[str, Any]:
@@ -183,12 +196,14 @@ def _recorded(options: BenchOptions, measured: Measured) -> dict[str, Any]:
 
 
 def _write(options: BenchOptions, result: Result) -> None:
-    if options.json is not None:
-        write_json(result if options.records else without_records(result), options.json)
-    if options.csv is not None:
-        write_csv(result, options.csv)
-    if options.plot is not None:
-        pictures.plot(result, options.plot)
+    kept = result if options.records else without_records(result)
+    writers: dict[str, Callable[[str], None]] = {
+        "json": lambda path: write_json(kept, path),
+        "csv": lambda path: write_csv(result, path),
+        "plot": lambda path: pictures.plot(result, path),
+    }
+    asked = [(written(name), getattr(options, name), writers[name]) for name in FILES]
+    write_each(one for one in asked if one[1] is not None)
 
 
 def _exit_code(options: BenchOptions, result: Result) -> int:

@@ -5,7 +5,6 @@ Imports what a command needs when it runs, so that `--help` stays instant.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -80,7 +79,11 @@ def calibrate(
     """Measure what serving MODEL costs on this machine, for `serve --cost-model`; minutes."""
     from loraswarm.bench.calibrate import CalibrateOptions
     from loraswarm.bench.calibrate import calibrate as run
+    from loraswarm.commands.bench_outputs import check_outputs
 
+    if rounds < 1:
+        raise ConfigError(f"--rounds is {rounds}; it must be >= 1")
+    check_outputs({"--output": output})
     engine = {
         "dtype": dtype,
         "quantize": quantize,
@@ -94,6 +97,4 @@ def calibrate(
         num_rounds=rounds,
         engine=tuple(engine.items()),
     )
-    if not Path(output).absolute().parent.is_dir():  # before minutes of measuring, not after
-        raise ConfigError(f"cannot write {output!r}: there is no such directory")
     run(options, print).write(output)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json as jsonlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
@@ -18,7 +19,10 @@ from loraswarm.errors import ConfigError
 
 DEFAULT_CONCURRENCY = 32
 MODELS_PATH = "/v1/models"
-FOR_URL = ("base_model", "api_key", "timeout", "adapters_from")
+MAX_TIMEOUT_S = 1e6
+FOR_URL = ("base_model", "api_key", "timeout", "adapters_from", "extra_body", "new_connections")
+# What the workload decides, and what is measured depends on.
+OWN_FIELDS = ("model", "prompt", "max_tokens", "stream")
 FOR_OFFLINE = (
     "adapters_dir",
     "dtype",
@@ -42,7 +46,8 @@ class BenchOptions:
     base_model: Annotated[
         str | None,
         typer.Option(
-            help="Name of the base; the endpoint is then not asked which models it has"
+            help="Name of the base; without --adapters-from the endpoint is then not asked"
+            " which models it has"
             " [default: the one of /v1/models that has no parent]"
         ),
     ] = None
@@ -86,8 +91,8 @@ class BenchOptions:
         str | None,
         typer.Option(
             metavar="N,N,...",
-            help="Requests in flight; several numbers are a run each [default: 32; no limit if"
-            " there are arrivals]",
+            help="Requests in flight; several numbers are a run each. With arrivals a limit, and"
+            " the wait for a place is in no figure [default: 32; no limit if there are arrivals]",
         ),
     ] = None
     arrivals: Annotated[
@@ -97,7 +102,13 @@ class BenchOptions:
             " coefficient of variation) or trace:FILE."
         ),
     ] = "closed"
-    warmup: Annotated[int, typer.Option(help="Requests before each run that are not counted.")] = 8
+    warmup: Annotated[
+        int | None,
+        typer.Option(
+            help="Requests before each run that are not counted, of all models that it asks for in"
+            " turn [default: one for each model, at least 8]"
+        ),
+    ] = None
     repeats: Annotated[int, typer.Option(help="Runs of each concurrency; medians are shown.")] = 1
     seed: Annotated[int, typer.Option(help="Makes the workload; each run has the next one.")] = 0
     goodput: Annotated[
@@ -106,6 +117,14 @@ class BenchOptions:
     ] = None
     api_key: Annotated[str | None, typer.Option(help="Key that the endpoint wants.")] = None
     timeout: Annotated[float, typer.Option(help="Seconds after which a request failed.")] = 600.0
+    extra_body: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="Fields to add to every request's JSON object."),
+    ] = None
+    new_connections: Annotated[
+        bool,
+        typer.Option("--new-connections", help="Send each request on a connection of its own."),
+    ] = False
     adapters_dir: Annotated[
         list[str] | None,
         typer.Option(help="A directory of adapters, for --offline; may be repeated."),
@@ -157,6 +176,23 @@ class BenchOptions:
             )
         return tuple(found)
 
+    def extra_fields(self) -> dict[str, Any]:
+        """What --extra-body says. Raises ConfigError if it cannot be read or has OWN_FIELDS."""
+        if self.extra_body is None:
+            return {}
+        try:
+            found = jsonlib.loads(self.extra_body, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"--extra-body is {self.extra_body!r}; no JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise ConfigError(
+                f'--extra-body is {self.extra_body!r}; it must be an object, as in {{"top_k": 1}}'
+            )
+        for name in OWN_FIELDS:
+            if name in found:
+                raise ConfigError(f"--extra-body has {name!r}, which the workload decides")
+        return found
+
     def check(self) -> None:
         """Refuse options that do not go together, and numbers out of range.
 
@@ -168,11 +204,16 @@ class BenchOptions:
         for name in filter(self.is_given, wrong):
             raise ConfigError(f"{written(name)} needs {needed}")
         self._check_adapters()
-        for name, least in (("warmup", 0), ("repeats", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name} is {getattr(self, name)}; it must be >= {least}")
-        if not self.timeout > 0:
-            raise ConfigError(f"--timeout is {self.timeout}; it must be > 0 seconds")
+        for name, number, least in (("warmup", self.warmup, 0), ("repeats", self.repeats, 1)):
+            if number is not None and number < least:
+                raise ConfigError(f"--{name} is {number}; it must be >= {least}")
+        if not 0 < self.timeout <= MAX_TIMEOUT_S:
+            raise ConfigError(
+                f"--timeout is {self.timeout}; it must be > 0 and at most {MAX_TIMEOUT_S:,.0f} s"
+            )
+        if self.api_key is not None and not self.api_key.isprintable():
+            raise ConfigError("--api-key has a line break or another character that no header has")
+        self.extra_fields()
         if self.records and self.json is None:
             raise ConfigError("--records needs --json FILE, which they are kept in")
 
@@ -205,6 +246,10 @@ def command_of(run: Callable[[typer.Context, BenchOptions], None]) -> Callable[.
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__doc__ = run.__doc__
     return command
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"it has {name}")
 
 
 def written(name: str) -> str:

@@ -9,7 +9,6 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from loraswarm.bench.http_target import HttpTarget, ListedModel, list_models
 from loraswarm.bench.offline import OfflineTarget, set_engine_environment
@@ -60,7 +59,7 @@ async def open_endpoint(options: BenchOptions) -> Measured:
              UnknownAdapter for an adapter that it does not list, if it is asked.
     """
     url = options.url or ""
-    if "@" in urlsplit(url).netloc:
+    if "@" in url.partition("://")[2].partition("/")[0]:
         raise ConfigError("--url holds a password, which results would show; give --api-key")
     base, adapters = options.base_model, options.adapter_names
     if base is None or options.adapters_from is not None:
@@ -73,7 +72,14 @@ async def open_endpoint(options: BenchOptions) -> Measured:
             )
         _require_served(adapters, [model.id for model in models])
         adapters = adapters or (served if options.adapters_from is not None else ())
-    target = HttpTarget(url, base, api_key=options.api_key, timeout_s=options.timeout)
+    target = HttpTarget(
+        url,
+        base,
+        api_key=options.api_key,
+        timeout_s=options.timeout,
+        keeps_alive=not options.new_connections,
+        extra_body=options.extra_fields(),
+    )
     return Measured(target, base, adapters)
 
 
