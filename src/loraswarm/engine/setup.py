@@ -59,6 +59,7 @@ HOST_CACHE_SHARE = 0.2
 DESCRIBING_S = 1.0
 SECOND_LOOK_S = 0.55
 FIRST_SCAN = -1
+CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
 DTYPES: dict[torch.dtype, Dtype] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
@@ -275,9 +276,19 @@ def _resolve(config: EngineConfig, dtype: torch.dtype) -> EngineConfig:
 
 
 def _physical_cores() -> int:
-    """Cores this process may run on, without hyper-threads."""
+    """Cores this process may run on and be busy on, without hyper-threads."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(allowed or 1, psutil.cpu_count(logical=False) or 1))
+    cores = min(allowed or 1, psutil.cpu_count(logical=False) or 1)
+    return max(1, min(cores, _cpu_quota(CPU_QUOTA_FILE) or cores))
+
+
+def _cpu_quota(file: Path) -> int | None:
+    """CPUs that a container may use at once, rounded down; None if nothing limits them."""
+    try:
+        quota, period = file.read_text().split()
+        return int(quota) // int(period)
+    except (OSError, ValueError):  # not Linux, another version of control groups, or "max"
+        return None
 
 
 def _size_pool(config: EngineConfig, geometry: PageGeometry, limit: int) -> EngineConfig:
