@@ -176,15 +176,49 @@ def test_batches_have_the_rows_and_adapters_that_they_say():
 def test_what_an_engine_cannot_run_is_left_out_and_said():
     batches = [*fitted_batches(NAMES), *checked_batches(NAMES)]
     roomy = Limits(
-        num_sequences=128, max_step_tokens=512, max_model_len=32_768, pool_tokens=1 << 20
+        num_sequences=128,
+        max_step_tokens=512,
+        max_model_len=32_768,
+        pool_tokens=1 << 20,
+        page_tokens=16,
     )
     assert possible(batches, roomy, 8, refuse_to_report) == batches
-    narrow = Limits(num_sequences=8, max_step_tokens=64, max_model_len=133, pool_tokens=1000)
+    narrow = Limits(
+        num_sequences=8, max_step_tokens=64, max_model_len=133, pool_tokens=1000, page_tokens=7
+    )
     lines: list[str] = []
     found = possible(batches, narrow, 8, lines.append)
     assert 0 < len(found) == len(batches) - len(lines)
     assert max(len(batch.rows) for batch in found) <= 8
     assert max(batch.context for batch in found) < 133
+
+
+def test_rows_take_whole_pages_of_the_pool():
+    batch = Batch("rows", (None,) * 3, 1)  # 7 tokens each at the end of a step
+    limits = {"num_sequences": 8, "max_step_tokens": 64, "max_model_len": 99}
+    pages_of_7 = Limits(**limits, pool_tokens=23, page_tokens=7)
+    pages_of_8 = Limits(**limits, pool_tokens=23, page_tokens=8)
+    used = next(
+        n for n in range(99) if Limits(**limits, pool_tokens=n, page_tokens=1).allow(batch, 3)
+    )
+    assert used == 21
+    assert pages_of_7.allow(batch, 3)
+    assert not pages_of_8.allow(batch, 3)
+    prompts = Batch(
+        "prompts", prompts=((None, 7), (None, 7))
+    )  # 8 tokens each with the first answer
+    assert Limits(**limits, pool_tokens=16, page_tokens=8).allow(prompts, 3)
+    assert not Limits(**limits, pool_tokens=17, page_tokens=9).allow(prompts, 3)
+
+
+def test_engine_options_are_refused_before_adapters_are_made(swarm, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("adapters were made")
+
+    monkeypatch.setattr(module, "write_adapters", refuse)
+    options = CalibrateOptions(model=str(swarm / "model"), engine=(("dtype", "foo"),))
+    with pytest.raises(ConfigError, match="dtype is 'foo'"):
+        calibrate(options, refuse_to_report)
 
 
 def test_random_adapters_keep_to_their_bytes():

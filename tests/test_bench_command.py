@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import os
 import signal
@@ -80,11 +81,46 @@ def test_warm_up_is_sent_first_with_other_prompts_and_not_counted(server, tmp_pa
     assert read_result(file)["points"][0]["summary"]["num_requests"] == 7
 
 
+def test_the_warm_up_asks_for_every_model_of_the_run():
+    names = [f"a{index:03}" for index in range(12)]
+    listed = [{"id": "tiny", "parent": None}, *({"id": name, "parent": "tiny"} for name in names)]
+    for warmup, expected in ((None, 12), (5, 5), (14, 12)):
+        with fake_server(models=listed) as server:
+            asked = options(server, adapters=",".join(names), popularity="round-robin")
+            assert bench(dataclasses.replace(asked, requests=12, warmup=warmup)) == 0
+            warm, run = server.requests[: warmup or 12], server.requests[warmup or 12 :]
+            assert len(run) == 12
+            assert len({one.body["model"] for one in warm}) == expected
+            assert not set(prompts_of(server)[: len(warm)]) & set(prompts_of(server)[len(warm) :])
+
+
+def test_a_trace_that_is_shorter_than_the_warm_up_is_run(server, tmp_path):
+    trace = tmp_path / "t.csv"
+    lines = [f"{0.01 * index},sql,7,3\n" for index in range(5)]
+    trace.write_text("arrival_s,adapter,prompt_tokens,output_tokens\n" + "".join(lines))
+    asked = options(
+        server,
+        adapters="sql",
+        requests=5,
+        warmup=None,
+        popularity=f"trace:{trace}",
+        arrivals=f"trace:{trace}",
+        prompt_tokens=f"trace-prompt:{trace}",
+        output_tokens=f"trace-output:{trace}",
+    )
+    assert bench(asked) == 0
+    assert [one.body["model"] for one in server.requests] == ["sql"] * 13  # 8 to warm up
+    assert {len(prompt) for prompt in prompts_of(server)} == {7}
+
+
 def test_arrivals_make_an_open_loop_without_a_limit(server, tmp_path):
     file = tmp_path / "a.json"
     open_loop = options(server, arrivals="poisson:1000", concurrency=None, json=str(file))
     assert bench(open_loop) == 0
-    assert read_result(file)["points"][0]["concurrency"] is None
+    (point,) = read_result(file)["points"]
+    assert point["concurrency"] is None
+    assert point["arrivals"] == "poisson:1000"
+    assert point["is_complete"] is True
 
 
 def test_progress_is_shown_on_a_terminal_only(server, monkeypatch, capsys):
@@ -187,6 +223,9 @@ def test_an_interrupted_run_keeps_what_there_is(tmp_path, capsys):
         asked = options(server, concurrency="1", repeats=3, json=str(file))
         assert bench(asked) == 130
     (only,) = read_result(file)["points"]
+    assert only["is_complete"] is False
     assert only["summary"]["num_requests"] == 5
     assert only["summary"]["errors"] == {"interrupted": 1}
-    assert "1 x interrupted" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "1 x interrupted" in shown
+    assert "1 (interrupted)" in shown

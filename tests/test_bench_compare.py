@@ -56,8 +56,8 @@ def test_a_concurrency_that_one_file_alone_has_is_left_out_and_said(files):
     text = compare(files[:2])
     assert "3 in flight" in text
     assert len(cells(text, "TTFT, ms p50")) == 1
-    assert "in flight, in one file only: 8" in text
-    assert "only" not in compare([files[0], files[2]])
+    assert "in flight, not compared: 8" in text
+    assert "not compared" not in compare([files[0], files[2]])
 
 
 def test_files_without_a_common_concurrency_are_refused(tmp_path, files):
@@ -72,6 +72,37 @@ def test_open_loops_are_compared_with_each_other():
     text = compare_results([("a", runs[0]), ("b", runs[1])])
     assert cells(text, "open loop") == [["[1]", "[2]", "[2]/[1]"]]
     assert cells(text, "TTFT, ms p50") == [["400", "200", "0.50", "x"]]
+
+
+def test_open_loops_of_other_arrivals_or_limits_are_not_compared():
+    def run(first_s, concurrency, arrivals):
+        return steady_point(first_s, concurrency) | {"arrivals": arrivals}
+
+    first = result(run(0.4, None, "poisson:4"), run(0.4, 3, "poisson:4"), run(0.4, 3, "closed"))
+    other = result(run(0.2, None, "poisson:8"), run(0.2, 3, "poisson:4"), run(0.2, 8, "closed"))
+    text = compare_results([("a", first), ("b", other)])
+    assert cells(text, "open loop, poisson:4, at most 3") == [["[1]", "[2]", "[2]/[1]"]]
+    assert cells(text, "TTFT, ms p50") == [["400", "200", "0.50", "x"]]
+    assert text.endswith("not compared: 3, 8, poisson:4, poisson:8")
+
+
+def test_interrupted_runs_are_not_compared():
+    cut = steady_point(0.9) | {"is_complete": False}
+    text = compare_results(
+        [("a", result(steady_point(0.4), cut)), ("b", result(steady_point(0.2)))]
+    )
+    assert cells(text, "TTFT, ms p50") == [["400", "200", "0.50", "x"]]
+    assert "not compared: 3 (interrupted)" in text
+    with pytest.raises(ConfigError, match=r"3 in flight \(interrupted\)"):
+        compare_results([("a", result(cut)), ("b", result(cut))])
+
+
+def test_answers_of_doubtful_length_are_counted_beside_the_ratios():
+    doubtful = steady_point()
+    doubtful["summary"] |= {"num_uncounted": 7, "num_other_length": 0}
+    text = compare_results([("a", result(steady_point())), ("b", result(doubtful))])
+    assert cells(text, "answers not counted") == [["0", "7"]]
+    assert cells(text, "of other length") == []
 
 
 def test_options_that_differ_are_said_and_where_they_were_sent_is_not():

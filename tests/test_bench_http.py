@@ -148,6 +148,8 @@ def test_the_servers_counts_are_believed():
 def test_without_counts_parts_with_text_are_counted():
     record = send_one(stream(text_chunk("a"), text_chunk(""), text_chunk("b"), END, DONE))
     assert (record.num_prompt, record.num_output, record.cached_tokens) == (3, 2, None)
+    assert not record.is_counted
+    assert send_one(stream_answer([0.0])).is_counted
 
 
 @pytest.mark.parametrize(
@@ -294,7 +296,28 @@ def test_a_list_of_models_that_cannot_be_had_is_refused(answer, message):
         ask_models(answer)
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x", "http://"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "",
+            "localhost:8000",
+            "ftp://x",
+            "http://",
+            "http://[::1",
+            "http://x:99999",
+            "http://x:y",
+        ),
+        *(
+            "http://:80",
+            "http://x y",
+            "http://x\ny",
+            "http://x/?a=b",
+            "http://x#a",
+            "http://\udcff",
+        ),
+    ],
+)
 def test_what_is_no_url_is_refused(url):
     with pytest.raises(ConfigError, match="write http://HOST:PORT"):
         HttpTarget(url, "base")

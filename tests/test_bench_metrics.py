@@ -49,6 +49,19 @@ def test_metrics_of_a_request_are_those_of_the_definitions():
     assert metrics.num_output == 5
 
 
+def test_answers_without_a_count_and_of_another_length_are_counted():
+    records = [
+        record(0, 1.0, 1.5, 2.0, max_tokens=2),
+        record(1, 1.0, 1.5, max_tokens=2),
+        record(2, 1.0, 1.5, max_tokens=2, is_counted=False, adapter="b"),
+        record(3, 1.0, 1.5, max_tokens=2, error="gone", is_counted=False),
+    ]
+    summary = summarize(records)
+    assert (summary.num_uncounted, summary.num_other_length) == (1, 1)
+    assert summary.per_adapter["a"].num_uncounted == 0
+    assert summary.per_adapter["b"].num_other_length == 0
+
+
 def test_an_answer_of_one_token_has_no_inter_token_latency():
     metrics = metrics_of(TIMELINE[2])
     assert metrics is not None

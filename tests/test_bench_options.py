@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from bench_cases import result, steady_point
 from bench_endpoint import fake_server, loraswarm, options
 from loraswarm.bench.report import read_result, write_json
+from loraswarm.commands import bench as command
 from loraswarm.commands.bench import bench, compare
 from loraswarm.commands.bench_options import BenchOptions
 from loraswarm.errors import ConfigError
@@ -44,6 +47,16 @@ URL = {"url": "http://127.0.0.1:1"}
         ({**URL, "repeats": 0}, "--repeats is 0"),
         ({**URL, "warmup": -1}, "--warmup is -1"),
         ({**URL, "timeout": float("nan")}, "--timeout is nan"),
+        ({**URL, "timeout": float("inf")}, "--timeout is inf"),
+        ({**URL, "api_key": "s3cret\nX-Other: 1"}, "--api-key has a line break"),
+        ({"url": "http://[::1"}, "'http://[::1' is no URL"),
+        ({"url": "http://me:s3cret@[::1"}, "--url holds a password"),
+        ({**URL, "extra_body": "{"}, "--extra-body is '{'; no JSON"),
+        ({**URL, "extra_body": "[1]"}, "--extra-body is '[1]'; it must be an object"),
+        ({**URL, "extra_body": '{"x": NaN}'}, "it has NaN"),
+        ({**URL, "extra_body": '{"stream": false}'}, "--extra-body has 'stream'"),
+        ({"offline": "m", "extra_body": "{}"}, "--extra-body needs --url"),
+        ({"offline": "m", "new_connections": True}, "--new-connections needs --url"),
         ({**URL, "records": True}, "--records needs --json"),
         ({**URL, "goodput": "speed:9"}, "speed:9"),
         ({**URL, "prompt_tokens": "many"}, "--prompt-tokens is 'many'"),
@@ -69,17 +82,44 @@ def test_options_that_cannot_work_are_refused_in_one_line(others, message):
     [
         ({"popularity": "zipf:1.1"}, "--popularity is given, but there are no adapters"),
         ({"base_share": 0.5}, "--base-share is given, but there are no adapters"),
-        ({"adapters": "sql", "popularity": "loud"}, "popularity is 'loud'"),
-        ({"adapters": "sql", "base_share": 1.5}, "base_share is 1.5"),
-        ({"arrivals": "now"}, "arrivals is 'now'"),
-        ({"requests": 0}, "num_requests is 0"),
-        ({"vocab_size": 1}, "vocab_size is 1"),
     ],
 )
 def test_a_workload_that_cannot_be_is_refused_before_anything_is_sent(server, others, message):
     with pytest.raises(ConfigError, match=message):
         bench(options(server, **others))
     assert not server.requests
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"adapters": "sql", "popularity": "loud"}, "--popularity is 'loud'"),
+        ({"base_share": 1.5}, "--base-share is 1.5"),
+        ({"shared_prefix": -1.0}, "--shared-prefix is -1"),
+        ({"arrivals": "now"}, "--arrivals is 'now'"),
+        ({"requests": 0}, "--requests is 0"),
+        ({"vocab_size": 1}, "--vocab-size is 1"),
+        ({"prefixes": 0}, "--prefixes is 0"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"goodput": "speed:9"}, "speed:9"),
+        ({"prompt_tokens": "trace-prompt:{}"}, "has 1 requests, 96 are asked for"),
+        ({"arrivals": "trace:{}"}, "has 1 requests, 96 are asked for"),
+        ({"popularity": "trace:{}"}, "has 1 requests, 96 are asked for"),
+        ({"requests": 1, "adapters": "sql", "popularity": "trace:{}"}, "asks for 'a'"),
+    ],
+)
+def test_a_workload_is_refused_by_its_option_before_an_engine_is_made(
+    tmp_path, monkeypatch, others, message
+):
+    def refuse(*_: object) -> None:
+        raise AssertionError("an engine was made")
+
+    trace = tmp_path / "t.csv"
+    trace.write_text("arrival_s,adapter,prompt_tokens\n0,a,7\n")
+    texts = {k: v.format(trace) if isinstance(v, str) else v for k, v in others.items()}
+    monkeypatch.setattr(command, "start_engine", refuse)
+    with pytest.raises(ConfigError, match=message):
+        bench(BenchOptions(offline="model", **texts))
 
 
 def test_every_option_is_on_the_command_line_and_means_the_field(server, tmp_path):
@@ -90,7 +130,8 @@ def test_every_option_is_on_the_command_line_and_means_the_field(server, tmp_pat
         *("--shared-prefix", "0.5", "--requests", "10", "--concurrency", "2", "--warmup", "1"),
         *("--repeats", "1", "--seed", "3", "--vocab-size", "99", "--goodput", "ttft:9"),
         *("--api-key", "k", "--timeout", "50", "--arrivals", "closed", "--base-model", "tiny"),
-        *("--json", str(file), "--records", "--allow-errors"),
+        *("--json", str(file), "--records", "--allow-errors", "--new-connections"),
+        *("--extra-body", '{"top_k": 1}'),
     )
     assert asked.returncode == 0, asked.stderr
     found = read_result(file)["options"]
@@ -101,6 +142,8 @@ def test_every_option_is_on_the_command_line_and_means_the_field(server, tmp_pat
     assert "requests in flight" in asked.stdout
     models = [one.body["model"] for one in server.requests[1:]]
     assert models.count("tiny") == 2
+    assert all(one.body["top_k"] == 1 for one in server.requests)
+    assert server.num_connections == 11
 
 
 def test_mistakes_are_one_line_and_exit_code_1(server):
@@ -110,6 +153,8 @@ def test_mistakes_are_one_line_and_exit_code_1(server):
         (["bench", "--url", server.url, "--base-model", "fails", "--warmup", "0"], "every request"),
         (["bench", "--requests", "7", "compare", "a.json", "b.json"], "no meaning for compare"),
         (["bench", "compare", "a.json"], "1 file given"),
+        (["bench", "calibrate", "m", "-o", "c.json", "--rounds", "0"], "--rounds is 0"),
+        (["bench", "calibrate", "m", "-o", "/tmp"], "--output is '/tmp'"),
     ]:
         done = loraswarm(*arguments)
         assert done.returncode == 1
@@ -143,10 +188,40 @@ def test_help_brings_nothing_heavy():
         assert name in shown
 
 
-def test_every_option_is_documented_with_an_example():
+def documented(heading):
+    """Default, meaning and example of each option in the table below a heading of the page."""
     page = Path(__file__).parent.parent.joinpath("docs", "bench.md").read_text()
+    part = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = [re.split(r" ?\| ?", line)[1:-1] for line in part.splitlines() if line.startswith("| `")]
+    assert all(len(row) == 4 for row in rows)
+    return {row[0].partition(",")[0]: row[1:] for row in rows}
+
+
+def is_told(found, name, default):
+    """Whether a table has an option with its default and an example."""
+    told, _, example = found.pop(f"`--{name.replace('_', '-')}`")
+    if isinstance(default, bool):
+        is_default = told == "off" and not default
+    else:
+        is_default = told != "" if default is None else told == f"`{default}`"
+    return is_default and example.startswith(("`--", "`-o"))
+
+
+def test_every_option_is_documented_with_its_default_and_an_example():
+    found = documented("Options")
     for field in dataclasses.fields(BenchOptions):
-        assert f"| `--{field.name.replace('_', '-')}" in page
+        assert is_told(found, field.name, field.default), field.name
+    assert not found
+
+
+def test_every_option_of_calibrate_is_documented_with_its_default_and_an_example():
+    found = documented("Calibrate")
+    for parameter in inspect.signature(calibrate).parameters.values():
+        if parameter.name == "model":
+            continue
+        is_required = parameter.default is inspect.Parameter.empty
+        assert is_told(found, parameter.name, None if is_required else parameter.default)
+    assert not found
 
 
 def test_a_run_imports_no_torch(server):

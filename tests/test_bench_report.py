@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -76,6 +77,13 @@ SUMMARY = ("points", 0, "summary")
         (spoilt(("points", 0, "concurrency"), ...), "points[0].concurrency"),
         (spoilt(("points", 0, "concurrency"), 0), "points[0].concurrency"),
         (spoilt(("points", 0, "concurrency"), True), "points[0].concurrency is True"),
+        (spoilt(("points", 0, "arrivals"), 4), "points[0].arrivals is 4"),
+        (spoilt(("points", 0, "is_complete"), 1), "points[0].is_complete is 1"),
+        (
+            spoilt(("points", 0), {"concurrency": None, "arrivals": "closed"}),
+            "points[0].concurrency is None, but arrivals is 'closed'",
+        ),
+        (spoilt((*SUMMARY, "num_uncounted"), "x"), "num_uncounted is 'x'"),
         (spoilt((*SUMMARY, "requests_per_s"), ...), "summary.requests_per_s is missing"),
         (spoilt((*SUMMARY, "requests_per_s"), "7"), "summary.requests_per_s is '7'"),
         (spoilt((*SUMMARY, "requests_per_s"), float("nan")), "NaN"),
@@ -148,6 +156,35 @@ def test_a_table_shows_each_adapter_at_the_last_concurrency():
     assert row_of(text, "sql")[:2] == ["3", "0"]
     assert "200" in row_of(text, "(base)")
     assert "900" not in row_of(text, "(base)")
+
+
+def test_an_interrupted_run_stands_by_itself_and_is_in_no_median():
+    cut = steady_point(0.9) | {"is_complete": False}
+    text = table(result(steady_point(0.2), steady_point(0.3), steady_point(0.7), cut))
+    assert row_of(text, "requests in flight") == ["3", "3", "(interrupted)"]
+    assert row_of(text, "TTFT, ms p50") == ["300", "900"]
+    assert "INTERRUPTED" in text
+    assert "3 in flight, by adapter" in text
+    assert row_of(table(result(cut)), "TTFT, ms p50") == ["900"]
+    assert "INTERRUPTED" not in table(result(steady_point()))
+
+
+def test_an_open_loop_is_shown_with_its_arrivals_and_limit():
+    bounded = steady_point(0.9) | {"arrivals": "poisson:4"}
+    text = table(result(steady_point(0.2), bounded))
+    assert row_of(text, "requests in flight") == ["3", "poisson:4,", "at", "most", "3"]
+    assert row_of(text, "TTFT, ms p50") == ["200", "900"]
+    assert "open loop, poisson:4, at most 3, by adapter" in text
+
+
+def test_answers_whose_tokens_are_in_doubt_are_in_the_table():
+    records = [replace(record(index), is_counted=index != 1) for index in range(4)]
+    records[2] = replace(records[2], num_output=3)
+    text = table(result(point(records), point(records)))
+    assert "NOT COUNTED: 2 answers" in text
+    assert "OTHER LENGTH: 2 answers" in text
+    assert "NOT COUNTED" not in table(result(steady_point()))
+    assert "OTHER LENGTH" not in table(result(steady_point()))
 
 
 def test_a_table_of_more_adapters_than_fit_says_how_many_are_missing():

@@ -163,6 +163,21 @@ def test_an_interrupt_between_arrivals_ends_an_open_loop():
     assert not is_complete(requests, records)
 
 
+def test_an_interrupt_also_records_what_waits_for_a_place(caplog):
+    target = FakeTarget(lambda index: 10.0, before={0: lambda: None})
+    requests = planned(0.0, 1.0, 2.0, 1e9)
+
+    async def work() -> list[RequestRecord]:
+        asyncio.get_running_loop().call_later(5.0, interrupt)
+        return await run(target, requests, concurrency=1)
+
+    records = run_virtually(work())
+    assert target.sent == [0]
+    assert [(one.index, one.start_s) for one in records] == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    assert {one.error for one in records} == {INTERRUPTED}
+    assert "run interrupted in_flight=1 waiting=2" in caplog.text
+
+
 def test_an_interrupt_during_warm_up_sends_no_request():
     target = FakeTarget(before={100: interrupt})
     requests = planned(None)

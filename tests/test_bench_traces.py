@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+from pathlib import Path
+
 import pytest
 
 from loraswarm.bench.traces import read_adapters, read_arrivals_s, read_tokens
@@ -43,9 +46,54 @@ def test_a_trace_may_have_one_column_only_and_lacks_the_others(tmp_path):
         read_arrivals_s(path)
 
 
+RECORDED = """\
+{"num_requests": 3, "num_adapters": 2}
+[["sql", 16, 488], ["a,b", 8, 73]]
+[1.5, 0, 19, 133, 7]
+[1.5, 0, 20, 1, 3]
+[4, 1, 19, 9, 1]
+"""
+
+
+def test_what_the_trace_generator_writes_is_read(tmp_path):
+    path = write(tmp_path, "t.jsonl", RECORDED)
+    assert read_arrivals_s(path).values == (0.0, 0.0, 2.5)
+    assert read_adapters(path).values == ("sql", "sql", "a,b")
+    assert read_tokens(path, "prompt_tokens").values == (133, 1, 9)
+    assert read_tokens(path, "output_tokens").values == (7, 3, 1)
+
+
+def test_the_recorded_trace_of_the_benchmarks_is_read():
+    path = Path(__file__).parent.parent / "benchmarks" / "traces" / "zipf-drift.jsonl.gz"
+    adapters = read_adapters(path).values
+    assert len(adapters) == 9000
+    assert adapters[:2] == ("a0019", "a1925")
+
+
+@pytest.mark.parametrize(("name", "text"), [("t.csv.gz", CSV), ("t.jsonl.gz", JSONL)])
+def test_gzipped_traces_are_read(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()))
+    assert read_adapters(path).values == ("sql", None, "a,b")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_adapters(path)
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_adapters(path)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
+        ("t.csv", "TIMESTAMP\n2023-11-16 18:15\n", "line 2: 'TIMESTAMP' is not known; columns are"),
+        ("t.gz", "adapter\nsql\n", "must be a file of"),
+        ("t.jsonl", '{"num_adapters": 1}\n[]\n', "line 2: not a list of adapters"),
+        ("t.jsonl", '{"num_adapters": 1}\n[["a"], []]\n', "line 2: not a list of adapters"),
+        ("t.jsonl", '{"num_adapters": 1}\n[["a"]]\n[1, 0]\n', "line 3: not an array of"),
+        ("t.jsonl", '{"num_adapters": 1}\n[["a"]]\n[1, 1, 0, 1, 1]\n', "line 3: 1 is no index"),
+        ("t.jsonl", '{"num_adapters": 1}\n[["a"]]\n[1, 0, 0, 0, 1]\n', "line 3: prompt_tokens is"),
+        ("t.jsonl", '{"adapter": "a"}\n[["a"]]\n', "line 2: not a JSON object"),
         ("t.txt", "adapter\nsql\n", r"must be a file of \.csv or \.jsonl"),
         ("t.csv", "", "has no requests"),
         ("t.csv", "adapter\n", "has no requests"),

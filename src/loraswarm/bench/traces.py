@@ -159,9 +159,11 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _recorded_names(place: str, adapters: Any) -> list[str]:
     """Of the second line of benchmarks/traces: an array for each adapter, its name first."""
-    if not isinstance(adapters, list) or not all(isinstance(one, list) and one and isinstance(one[0], str) for one in adapters):
+    rows = adapters if isinstance(adapters, list) else []
+    names = [row[0] for row in rows if isinstance(row, list) and row and isinstance(row[0], str)]
+    if not names or len(names) < len(rows):
         raise ConfigError(f"{place}: not a list of adapters, each [name, ...]")
-    return [one[0] for one in adapters]
+    return names
 
 
 def _recorded_row(place: str, names: list[str], row: Any) -> Pairs:

@@ -283,7 +283,7 @@ def _physical_cores() -> int:
 
 
 def _cpu_quota(file: Path) -> int | None:
-    """CPUs that a container may use at once, rounded down to at least 1; None if nothing limits them."""
+    """CPUs that a container may use at once, at least 1; None if nothing limits them."""
     try:
         quota, period = file.read_text().split()
         return max(1, int(quota) // int(period))
