@@ -34,7 +34,7 @@ train-demo: .venv/.train     ## train the demo's base model and adapters anew (a
 bench: .venv/.dev            ## decode throughput, base and 32 adapters
 	$(BIN)/python benchmarks/decode.py
 
-bench-peers: .venv/.dev      ## install the peers, measure them and ours, print ratios (hours)
+bench-peers: .venv/.dev      ## install peers, measure them and ours (hours; benchmarks/peers/README.md)
 	$(BIN)/python benchmarks/peers/run_all.py --json $(PEERS_JSON) $(PEERS_OPTIONS)
 
 clean:

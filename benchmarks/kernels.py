@@ -4,8 +4,9 @@
 
 Sizes are those of Qwen2.5-0.5B. Each call of a decode case reads other memory, so that nothing is
 in the caches. Calls are timed in recordings of many, as a model's step makes them, so that waking
-threads is not in the figures. GB/s counts what a call cannot avoid reading: weights once, tiles once
-per segment, K and V once per sequence; what works on activations alone: all it reads and writes.
+threads is not in the figures. GB/s counts what a call cannot avoid reading: weights once, tiles
+once per segment, K and V once per sequence; what works on activations alone: all it reads and
+writes.
 """
 
 from __future__ import annotations

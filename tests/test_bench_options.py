@@ -16,6 +16,7 @@ from bench_endpoint import fake_server, loraswarm, options
 from loraswarm.bench.report import read_result, write_json
 from loraswarm.commands import bench as command
 from loraswarm.commands.bench import bench, compare
+from loraswarm.commands.bench_app import calibrate
 from loraswarm.commands.bench_options import BenchOptions
 from loraswarm.errors import ConfigError
 

@@ -174,3 +174,12 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch, tmp_path)
 def test_other_kinds_of_files_are_refused(name):
     with pytest.raises(ConfigError, match=r"must end with \.png or \.html"):
         check_plot(name)
+
+
+def test_throughput_leaves_out_interrupted_runs_and_keeps_bounded_open_loops_apart():
+    cut = steady_point(9.0) | {"is_complete": False}
+    bounded = steady_point(0.5, concurrency=8) | {"arrivals": "poisson:4"}
+    axes = drawn(draw_throughput, result(steady_point(0.1), cut, bounded))
+    assert labels(axes) == ["median", "open loop, poisson:4, at most 8"]
+    assert list(axes.get_lines()[0].get_xdata()) == [3]
+    assert axes.get_lines()[0].get_ydata()[0] == pytest.approx(35 / 6.5)
