@@ -6,9 +6,9 @@ before the first call or `warm_up`. Called by models and by whoever starts an en
 
 from loraswarm.kernels.cpu.jit import threads
 from loraswarm.kernels.cpu.linear import pack_linear
-from loraswarm.kernels.cpu.lora import lora_expand_, lora_shrink
+from loraswarm.kernels.cpu.lora import linear_shrink, lora_expand_, lora_shrink
 from loraswarm.kernels.cpu.paged import paged_attention, rotate_and_write_kv_, write_kv_
-from loraswarm.kernels.cpu.products import linear, linear_shrink
+from loraswarm.kernels.cpu.products import linear
 from loraswarm.kernels.cpu.program import programs
 from loraswarm.kernels.cpu.rowwise import add_rms_norm_, silu_multiply
 from loraswarm.kernels.cpu.warming import warm_up

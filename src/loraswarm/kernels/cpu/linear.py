@@ -113,6 +113,22 @@ def pack_linear(weight_OI: Tensor) -> PackedWeight | None:
     return pack(weight_OI) if can_pack(weight_OI.dtype, weight_OI.shape[1]) else None
 
 
+def check_linear(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None) -> None:
+    """Raise ValueError if the arguments of `linear` disagree."""
+    if x_TI.dim() != 2 or x_TI.shape[1] != weight.in_features or x_TI.stride(1) != 1:
+        raise ValueError(
+            f"x_TI is {tuple(x_TI.shape)}; it must be [T, {weight.in_features}] with contiguous"
+            " rows"
+        )
+    if x_TI.dtype != weight.panels.dtype:
+        raise ValueError(f"x_TI is {x_TI.dtype}, the weight is {weight.panels.dtype}")
+    if bias_O is not None and (bias_O.numel() != weight.out_features or bias_O.dtype != x_TI.dtype):
+        raise ValueError(
+            f"bias_O is {bias_O.dtype} of {bias_O.numel()}; it must be {x_TI.dtype} of"
+            f" {weight.out_features}"
+        )
+
+
 def linear_arguments(
     x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None, y_TO: Tensor
 ) -> tuple[int, tuple[int, ...]]:

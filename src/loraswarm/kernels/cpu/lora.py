@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from loraswarm.kernels import TileTable, reference
-from loraswarm.kernels.cpu.linear import PackedWeight, linear_arguments
+from loraswarm.kernels.cpu.elements import ELEMENTS, check_elements
+from loraswarm.kernels.cpu.linear import PackedWeight, check_linear, linear_arguments
 from loraswarm.kernels.cpu.operations import EXPAND, LINEAR_SHRINK, SHRINK
 from loraswarm.kernels.cpu.program import programs
 from loraswarm.kernels.cpu.table import TablePlan, Work, last_plan
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def lora_shrink(
@@ -38,18 +37,19 @@ def linear_shrink(
     x_TI: Tensor,
     weight: PackedWeight,
     bias_O: Tensor | None,
-    y_TO: Tensor,
     pool: Tensor,
     tiles: TileTable,
     first_site: int,
     num_parts: int,
-) -> Tensor:
-    """y = x Wᵀ + bias into `y_TO`, and `lora_shrink` of the same x, whose h it returns.
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.reference.linear_shrink`.
 
     One operation: some threads wait for the matrices of adapters while others multiply.
     """
+    check_linear(x_TI, weight, bias_O)
     plan, work = _shrink_work(x_TI, pool, tiles, first_site, num_parts)
     h_QTR = programs.buffer((num_parts, work.num_tokens, work.num_columns), torch.float32)
+    y_TO = programs.buffer((work.num_tokens, weight.out_features), x_TI.dtype)
     num_linears, linear = linear_arguments(x_TI, weight, bias_O, y_TO)
     shrink = _shrink_arguments(x_TI, h_QTR, pool, work)
     programs.add(
@@ -60,7 +60,7 @@ def linear_shrink(
         work.num_tokens * weight.panels.numel() + h_QTR.numel() * x_TI.shape[1],
     )
     _keep(plan)
-    return h_QTR
+    return y_TO, h_QTR
 
 
 def lora_expand_(
@@ -74,7 +74,7 @@ def lora_expand_(
     """See `kernels.reference.lora_expand_`."""
     if not _fits_expand(y_TO, h_QTR, pool, out_bounds):
         reference.check_expand(y_TO, h_QTR, pool, tiles, out_bounds)
-        _check_memory("y_TO", y_TO)
+        check_elements("y_TO", y_TO)
     if y_TO.numel() == 0:
         return
     plan = last_plan.of(tiles, pool)
@@ -106,11 +106,11 @@ def _shrink_work(
         x_TI.dim() == 2
         and x_TI.is_contiguous()
         and _is_flat(pool, dtype)
-        and dtype in _DTYPES
+        and dtype in ELEMENTS
         and x_TI.is_cpu
     ):
         reference.check_shrink(x_TI, pool, tiles)
-        _check_memory("x_TI", x_TI)
+        check_elements("x_TI", x_TI)
     plan = last_plan.of(tiles, pool)
     work = plan.shrink_work(first_site, num_parts, x_TI.shape[1])
     _check_tokens(work, x_TI)
@@ -145,7 +145,7 @@ def _fits_expand(y_TO: Tensor, h_QTR: Tensor, pool: Tensor, out_bounds: tuple[in
         y_TO.dim() == 2
         and y_TO.stride(1) == 1
         and _is_flat(pool, y_TO.dtype)
-        and y_TO.dtype in _DTYPES
+        and y_TO.dtype in ELEMENTS
         and y_TO.is_cpu
         and h_QTR.dtype == torch.float32
         and h_QTR.dim() == 3
@@ -166,12 +166,3 @@ def _ascends(bounds: tuple[int, ...]) -> bool:
 def _check_tokens(work: Work, rows: Tensor) -> None:
     if rows.shape[0] != work.num_tokens:
         raise ValueError("tiles.segments must go from 0 to the number of tokens")
-
-
-def _check_memory(name: str, tensor: Tensor) -> None:
-    """Raise ValueError naming the tensor if it is not on the CPU or not one of the float types."""
-    if tensor.dtype not in _DTYPES:
-        names = ", ".join(str(dtype) for dtype in _DTYPES)
-        raise ValueError(f"{name} is {tensor.dtype}; the cpu kernels take {names}")
-    if not tensor.is_cpu:
-        raise ValueError(f"{name} is on {tensor.device}; the cpu kernels need it on the cpu")

@@ -6,13 +6,12 @@ Legend: T tokens, D the normalised width, Z rows of the result.
 
 from __future__ import annotations
 
-from functools import cache
-from struct import pack, unpack
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from loraswarm.kernels.cpu.elements import float_bits
 from loraswarm.kernels.cpu.jit import called
 from loraswarm.kernels.cpu.memory import int64_at, memory_at, moved
 from loraswarm.kernels.cpu.vectors import (
@@ -56,15 +55,9 @@ def norm_arguments(
         out_ZD.data_ptr(),
         num_rows,
         size,
-        _float_bits(eps),
+        float_bits(eps),
         rows_per_item,
     )
-
-
-@cache
-def _float_bits(number: float) -> int:
-    bits: int = unpack("i", pack("f", number))[0]
-    return bits
 
 
 @called

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from functools import cache
-from struct import pack, unpack
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loraswarm.kernels import AttentionWork, HeadNorms, reference
 from loraswarm.kernels.arguments import check_head_norms, check_rotate
-from loraswarm.kernels.cpu.arrays import bits
 from loraswarm.kernels.cpu.attention_plan import Plan, Shape, make_plan
+from loraswarm.kernels.cpu.elements import check_elements, float_bits
 from loraswarm.kernels.cpu.operations import ATTENTION, ROTATE_WRITE, WRITE_KV
 from loraswarm.kernels.cpu.program import SCRATCH_FLOATS, programs
 
@@ -27,8 +24,6 @@ ITEM_ELEMENTS = 1 << 12
 """Elements of an item of writing: about a microsecond of one core."""
 WRITE_PRODUCTS = 8
 """Multiply-adds that take as long as one element that is rotated or copied."""
-
-_ELEMENTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +113,7 @@ def rotate_and_write_kv_(
         sin_T1E.data_ptr(),
         norms.q_weight_E.data_ptr() if norms is not None else 0,
         norms.k_weight_E.data_ptr() if norms is not None else 0,
-        _float_bits(norms.eps) if norms is not None else 0,
+        float_bits(norms.eps) if norms is not None else 0,
     )
     programs.hold(slots_T, cos_T1E, sin_T1E)
     num_products = WRITE_PRODUCTS * num_elements
@@ -198,7 +193,7 @@ def _new_attention(
         plan.num_done.ctypes.data,
         plan.page_table.ctypes.data,
         plan.page_table.shape[1],
-        _float_bits(scale * LOG2_E),
+        float_bits(scale * LOG2_E),
         shape.window,
         num_heads,
         num_heads // num_kv_heads,
@@ -258,11 +253,4 @@ def _check_vectors(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless kernels know the type and device, and the last stride is 1."""
     if tensor.stride(-1) != 1:
         raise ValueError(f"{name} has strides {tensor.stride()}; its last one must be 1")
-    if tensor.dtype not in _ELEMENTS or not tensor.is_cpu:
-        bits(name, tensor)
-
-
-@cache
-def _float_bits(number: float) -> int:
-    result: int = unpack("i", pack("f", number))[0]
-    return result
+    check_elements(name, tensor)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from loraswarm.kernels import arguments
-from loraswarm.kernels.cpu.arrays import bits
+from loraswarm.kernels.cpu.elements import check_elements
 from loraswarm.kernels.cpu.gating import silu_arguments
 from loraswarm.kernels.cpu.norm import norm_arguments
 from loraswarm.kernels.cpu.operations import ADD_NORM, SILU_MULTIPLY
@@ -15,7 +14,6 @@ from loraswarm.kernels.cpu.program import programs
 NORM_PRODUCTS = 8
 SILU_PRODUCTS = 16
 """Multiply-adds that take as long as one element."""
-_ELEMENTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def add_rms_norm_(
@@ -27,7 +25,7 @@ def add_rms_norm_(
 ) -> Tensor:
     """See `kernels.reference.add_rms_norm_`."""
     arguments.check_add_rms_norm(x_TD, delta_TD, weight_D, rows_Z)
-    _check_memory("x_TD", x_TD)
+    check_elements("x_TD", x_TD)
     num_rows, size = x_TD.shape
     if rows_Z is not None:
         num_rows = rows_Z.shape[0]
@@ -42,16 +40,10 @@ def add_rms_norm_(
 def silu_multiply(gate_up_TF2: Tensor) -> Tensor:
     """See `kernels.reference.silu_multiply`."""
     arguments.check_silu_multiply(gate_up_TF2)
-    _check_memory("gate_up_TF2", gate_up_TF2)
+    check_elements("gate_up_TF2", gate_up_TF2)
     num_tokens, width = gate_up_TF2.shape
     dtype = gate_up_TF2.dtype
     out_TF = programs.buffer((num_tokens, width // 2), dtype)
     num_items, words = silu_arguments(gate_up_TF2, out_TF)
     programs.add(SILU_MULTIPLY, num_items, words, dtype, SILU_PRODUCTS * num_tokens * width)
     return out_TF
-
-
-def _check_memory(name: str, tensor: Tensor) -> None:
-    """Raise ValueError naming the tensor unless it is on the CPU, of a type that kernels know."""
-    if tensor.dtype not in _ELEMENTS or not tensor.is_cpu:
-        bits(name, tensor)
