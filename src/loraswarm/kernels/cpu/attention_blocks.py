@@ -28,12 +28,11 @@ from loraswarm.kernels.cpu.attention_products import (
     greatest,
     multiplies_pairs,
     multiply_panel,
-    prefetch,
     transpose_words,
 )
 from loraswarm.kernels.cpu.dot import MAX_ROWS, dot_panel
 from loraswarm.kernels.cpu.jit import called, inlined
-from loraswarm.kernels.cpu.memory import memory_at, moved
+from loraswarm.kernels.cpu.memory import memory_at, moved, prefetch
 from loraswarm.kernels.cpu.vectors import (
     add,
     broadcast,

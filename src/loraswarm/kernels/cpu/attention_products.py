@@ -71,20 +71,6 @@ def greatest(context: Any, value: Vector) -> Any:
 
 
 @intrinsic
-def prefetch(context: Any, memory: Any, index: Any) -> Any:
-    """Ask for the cache line of an element that will be read soon; it need not exist."""
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        place = builder.bitcast(builder.gep(values[0], [values[1]]), _BYTE)
-        function_type = ir.FunctionType(ir.VoidType(), [_BYTE, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-        builder.call(function, [place, _I32(0), _I32(3), _I32(1)])
-        return context.get_dummy_value()
-
-    return types.void(memory, types.intp), generate
-
-
-@intrinsic
 def multiplies_pairs(context: Any, like: Any) -> Any:
     """Whether scores of this element type come from pairs of bfloat16, a constant."""
     is_paired = HAS_DOT and like.dtype == types.uint16

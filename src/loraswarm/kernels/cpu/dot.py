@@ -20,13 +20,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from loraswarm.kernels.cpu.jit import called
+from loraswarm.kernels.cpu.memory import FIRST_CACHE, SECOND_CACHE, generate_prefetch
 
 PANEL_COLUMNS = 32
 MAX_ROWS = 12
 """24 sums and 2 vectors of weights, of 32 registers."""
 _LANES = 16
 _VECTORS = PANEL_COLUMNS // _LANES
-FIRST_CACHE, SECOND_CACHE = 3, 2  # as LLVM counts what is prefetched
 _AHEAD_VECTORS = 32  # 2 KiB
 CHUNK_PAIRS = 32
 
@@ -118,7 +118,7 @@ def _generate_rows(builder: Any, num_rows: int, operands: Any) -> None:
         first_line = builder.mul(chunk.index, num_lines)
         with cgutils.for_range(builder, num_lines) as loop:
             line = builder.mul(builder.add(first_line, loop.index), _I64(2 * _LANES))
-            _prefetch(builder, builder.gep(fetched, [line]), SECOND_CACHE)
+            generate_prefetch(builder, builder.gep(fetched, [line]), SECOND_CACHE)
     target = builder.bitcast(sums, _FLOATS.as_pointer())
     for index, place in enumerate(place for row in places for place in row):
         builder.store(builder.load(place), builder.gep(target, [_I64(index)]), align=4)
@@ -133,7 +133,7 @@ def _generate_step(builder: Any, operands: Any, index: Any) -> None:
     for i in range(_VECTORS):
         place = builder.gep(weights, [builder.add(first, _I64(i))])
         columns.append(builder.load(place, align=2))
-        _prefetch(builder, builder.gep(place, [_I64(_AHEAD_VECTORS)]), FIRST_CACHE)
+        generate_prefetch(builder, builder.gep(place, [_I64(_AHEAD_VECTORS)]), FIRST_CACHE)
     for row, sums in zip(rows, places, strict=True):
         pair = _broadcast_pair(builder, builder.gep(row, [index]))
         for place, column in zip(sums, columns, strict=True):
@@ -153,14 +153,6 @@ def _multiply_pairs(builder: Any, sums: Any, a: Any, b: Any) -> Any:
     return builder.call(
         cgutils.get_or_insert_function(builder.module, function_type, name), [sums, a, b]
     )
-
-
-def _prefetch(builder: Any, place: Any, cache: int) -> None:
-    """Bring the cache line at `place` into one of the core's caches, and those behind it."""
-    byte = ir.IntType(8).as_pointer()
-    function_type = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-    builder.call(function, [builder.bitcast(place, byte), _I32(0), _I32(cache), _I32(1)])
 
 
 @called

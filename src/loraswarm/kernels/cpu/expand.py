@@ -12,8 +12,15 @@ from typing import Any
 from loraswarm.kernels import MAX_TILE_RANKS
 from loraswarm.kernels.cpu.expand_blocks import Update, expand_blocks, finish_rows
 from loraswarm.kernels.cpu.jit import called, inlined
-from loraswarm.kernels.cpu.memory import float_at, int32_at, int64_at, memory_at, moved
-from loraswarm.kernels.cpu.terms import prefetch, whole_lines
+from loraswarm.kernels.cpu.memory import (
+    float_at,
+    int32_at,
+    int64_at,
+    memory_at,
+    moved,
+    prefetch_far,
+)
+from loraswarm.kernels.cpu.terms import whole_lines
 from loraswarm.kernels.cpu.tiles import (
     BT_OFFSET,
     BT_STRIDE,
@@ -159,8 +166,8 @@ def _add_rows4(bt: Any, stride: int, h: Any, scale: Any, count: int, jump: int, 
 
 @inlined
 def _prefetch_row(bt: Any, index: int) -> None:
-    prefetch(bt, index)
-    prefetch(bt, index + WIDE_LANES // 2)
+    prefetch_far(bt, index)
+    prefetch_far(bt, index + WIDE_LANES // 2)
 
 
 @called

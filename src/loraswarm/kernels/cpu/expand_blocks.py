@@ -13,8 +13,7 @@ import numpy as np
 
 from loraswarm.kernels import MAX_TILE_RANKS
 from loraswarm.kernels.cpu.jit import called, inlined
-from loraswarm.kernels.cpu.memory import moved
-from loraswarm.kernels.cpu.terms import prefetch
+from loraswarm.kernels.cpu.memory import moved, prefetch_far
 from loraswarm.kernels.cpu.tiles import BLOCK_COLUMNS, EXPAND_ELEMENTS, ITEM_TOKENS
 from loraswarm.kernels.cpu.vectors import (
     add,
@@ -98,8 +97,8 @@ def _prefetch_rows(update: Update, low: int) -> None:
     """Columns of y that are read when the products are done; rows lie too far apart for the CPU to
     see them coming."""
     for token in range(update.num_tokens):
-        prefetch(update.y, token * update.y_stride + low)
-        prefetch(update.y, token * update.y_stride + low + BLOCK_COLUMNS // 2)
+        prefetch_far(update.y, token * update.y_stride + low)
+        prefetch_far(update.y, token * update.y_stride + low + BLOCK_COLUMNS // 2)
 
 
 @called
@@ -117,8 +116,8 @@ def _widen_tile(update: Update, tile: int, low: int, target: Any) -> None:
     stride, v_offset = update.stride[tile], update.v[tile]
     for row in range(update.ranks[tile]):
         source = moved(update.pool, update.offset[tile] + row * stride)
-        prefetch(source, low + 2 * BLOCK_COLUMNS)
-        prefetch(source, low + 2 * BLOCK_COLUMNS + BLOCK_COLUMNS // 2)
+        prefetch_far(source, low + 2 * BLOCK_COLUMNS)
+        prefetch_far(source, low + 2 * BLOCK_COLUMNS + BLOCK_COLUMNS // 2)
         if v_offset < 0 and low + BLOCK_COLUMNS <= update.width:
             store(load(wide, source, low), target, row * BLOCK_COLUMNS)
         else:

@@ -13,7 +13,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_I32 = ir.IntType(32)
+FIRST_CACHE, SECOND_CACHE = 3, 2  # as LLVM counts what is prefetched
+_I32, _BYTE = ir.IntType(32), ir.IntType(8).as_pointer()
 
 
 def _pointer(dtype: Any) -> Any:
@@ -97,6 +98,32 @@ def swap_atomically(context: Any, memory: Any, index: Any, value: Any) -> Any:
         return builder.atomic_rmw("xchg", place, values[2], "seq_cst")
 
     return types.int64(memory, types.intp, types.int64), generate
+
+
+def generate_prefetch(builder: Any, place: Any, cache: int) -> None:
+    """Code that brings the cache line at `place`, which need not exist, into a core's cache."""
+    function_type = ir.FunctionType(ir.VoidType(), [_BYTE, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+    builder.call(function, [builder.bitcast(place, _BYTE), _I32(0), _I32(cache), _I32(1)])
+
+
+def _prefetch(cache: int) -> Any:
+    """An intrinsic: ask for the cache line of an element that will be read soon."""
+
+    def typing(context: Any, memory: Any, index: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            generate_prefetch(builder, builder.gep(values[0], [values[1]]), cache)
+            return context.get_dummy_value()
+
+        return types.void(memory, types.intp), generate
+
+    return intrinsic(typing)
+
+
+prefetch = _prefetch(FIRST_CACHE)
+"""Bring the cache line of `memory[index]` into the first cache; the address may be any."""
+prefetch_far = _prefetch(SECOND_CACHE)
+"""Likewise, into the second cache."""
 
 
 def _pipe_call(name: str) -> Any:

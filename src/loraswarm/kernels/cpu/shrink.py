@@ -10,14 +10,20 @@ from typing import Any, NamedTuple
 
 from loraswarm.kernels import MAX_TILE_RANKS
 from loraswarm.kernels.cpu.jit import called, inlined
-from loraswarm.kernels.cpu.memory import float_at, int32_at, int64_at, memory_at, moved
+from loraswarm.kernels.cpu.memory import (
+    float_at,
+    int32_at,
+    int64_at,
+    memory_at,
+    moved,
+    prefetch_far,
+)
 from loraswarm.kernels.cpu.terms import (
     LANES,
     add_products,
     load_terms,
     load_terms_part,
     num_terms,
-    prefetch,
     totals16,
     whole_lines,
 )
@@ -197,10 +203,10 @@ def _dot_rows(zero: Any, block: Block, a_starts: Any, jump: int) -> Any:
         ahead = i + AHEAD_ELEMENTS
         if ahead >= block.width:
             ahead += jump
-        prefetch(a, a_starts[0] + ahead)
-        prefetch(a, a_starts[1] + ahead)
-        prefetch(a, a_starts[2] + ahead)
-        prefetch(a, a_starts[3] + ahead)
+        prefetch_far(a, a_starts[0] + ahead)
+        prefetch_far(a, a_starts[1] + ahead)
+        prefetch_far(a, a_starts[2] + ahead)
+        prefetch_far(a, a_starts[3] + ahead)
         sums = _add_products4(_load4(zero, a, a_starts, i), load_terms(zero, x, i), sums)
     if rest > 0:
         a_rest = _load_part4(zero, a, a_starts, whole, rest)

@@ -142,21 +142,6 @@ def totals16(context: Any, vectors: Any) -> Any:
 
 
 @intrinsic
-def prefetch(context: Any, memory: Any, index: Any) -> Any:
-    """Have the cache line of an element fetched into the second cache; the address may be any."""
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        byte = ir.IntType(8).as_pointer()
-        place = builder.bitcast(builder.gep(values[0], [values[1]]), byte)
-        function_type = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-        builder.call(function, [place, _I32(0), _I32(2), _I32(1)])
-        return context.get_dummy_value()
-
-    return types.void(memory, types.intp), generate
-
-
-@intrinsic
 def whole_lines(context: Any, memory: Any) -> Any:
     """The pointer, moved on by less than 64 bytes to where a cache line begins."""
 
