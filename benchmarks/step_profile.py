@@ -162,6 +162,9 @@ def main() -> None:
 def measure(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
     """Print everything; the same as plain values, in ms a step."""
     medians = []
+    add_requests(engine, options, "loading-")
+    prefill(engine, options.batch)
+    engine.abort_all()  # every adapter is in the pool now
     for round_ in range(options.rounds):
         add_requests(engine, options, f"round{round_}-")
         prefill_s, num_prefills, prefill_profile = prefill(engine, options.batch)

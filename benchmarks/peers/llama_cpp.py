@@ -2,7 +2,8 @@
 
     python benchmarks/peers/llama_cpp.py --workloads base,uniform
 
-A request names its adapter by its place in the list the server was started with. Needs cmake and
+A request names its adapter by its place in the list the server was started with. One that names
+none gets the sum of all of them, so a request for the base names one with scale 0. Needs cmake and
 a C++ compiler.
 """
 
@@ -74,7 +75,9 @@ class LlamaCpp(HttpPeer):
 
         def body_of(request: PlannedRequest) -> dict[str, Any]:
             adapter = request.adapter
-            chosen = [] if adapter is None else [{"id": places[adapter], "scale": 1.0}]
+            chosen = {"id": 0, "scale": 0.0}
+            if adapter is not None:
+                chosen = {"id": places[adapter], "scale": 1.0}
             return {
                 "model": BASE_NAME,
                 "prompt": request.prompt_token_ids,
@@ -83,7 +86,7 @@ class LlamaCpp(HttpPeer):
                 "ignore_eos": True,
                 "stream": True,
                 "stream_options": {"include_usage": True},
-                "lora": chosen,
+                "lora": [chosen],
             }
 
         return HttpTarget(

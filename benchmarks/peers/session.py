@@ -38,6 +38,7 @@ class Session:
     """What was measured so far: a result of `loraswarm bench` for each peer and workload."""
 
     options: dict[str, Any]
+    weight_bytes: int
     results: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     failures: list[dict[str, str]] = field(default_factory=list)
     not_installed: list[dict[str, str]] = field(default_factory=list)
@@ -54,6 +55,7 @@ class Session:
             "format": comparison.FORMAT,
             "format_version": comparison.FORMAT_VERSION,
             "options": self.options,
+            "weight_bytes": self.weight_bytes,
             "results": list(self.results.values()),
             "failures": self.failures,
             "not_installed": self.not_installed,
@@ -82,7 +84,8 @@ def main(peers: Sequence[Peer]) -> None:
     swarm = write_swarm_once(options.work, options.size, options.adapters, options.ranks)
     threads = options.threads or psutil.cpu_count(logical=False) or 1
     setting = Setting(options.work, swarm, threads, options.torch_index)
-    session = Session({name: _plain(value) for name, value in vars(options).items()})
+    plain = {name: _plain(value) for name, value in vars(options).items()}
+    session = Session(plain, swarm.weight_bytes)
     ready = [peer for peer in asked if _installed(peer, setting, session)]
     try:
         if not options.install_only:

@@ -50,6 +50,11 @@ class Swarm:
     def vocab_size(self) -> int:
         return int(json.loads((self.model / "config.json").read_text())["vocab_size"])
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the model's matrices: what a server reads of it for a token of one stream."""
+        return sum(file.stat().st_size for file in self.model.glob("*.safetensors"))
+
 
 def write_swarm_once(work: Path, size: str, num_adapters: int, ranks: str) -> Swarm:
     """The files under `work`, written unless a complete set is there."""
