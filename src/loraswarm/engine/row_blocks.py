@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loraswarm.kernels import cpu
+
 BLOCK_TOKENS = 128
 SUM_ERROR = BLOCK_TOKENS * 2.0**-24
 """How far float32 sums of a block may be off, as a share of all, whichever way they are added."""
@@ -17,17 +19,23 @@ SUM_ERROR = BLOCK_TOKENS * 2.0**-24
 
 def block_maxima(rows_ZV: Tensor) -> Tensor:
     """The largest element of every block, NaN where there is one: [Z, N]."""
+    if rows_ZV.device.type == "cpu":
+        return cpu.block_maxima(rows_ZV, BLOCK_TOKENS)
     return torch.cat([part.amax(dim=-1) for part in _blocks(rows_ZV)], dim=1)
 
 
 def best_tokens(rows_ZV: Tensor) -> tuple[Tensor, Tensor]:
     """The largest element of each row and where it is first: [Z] each; NaN is larger than any."""
-    best_Z, block_Z = block_maxima(rows_ZV).max(dim=-1)
-    token_ZB, is_inside_ZB = block_tokens(block_Z[:, None], rows_ZV.shape[1])
-    value_ZB = rows_ZV.gather(1, token_ZB)
-    is_best_ZB = ((value_ZB == best_Z[:, None]) | value_ZB.isnan()) & is_inside_ZB
-    first_Z1 = is_best_ZB.int().argmax(dim=-1, keepdim=True)
-    return best_Z, token_ZB.gather(1, first_Z1)[:, 0]
+    if rows_ZV.is_cuda:
+        from loraswarm.kernels.triton.rows import best_tokens as best_on_device
+
+        return best_on_device(rows_ZV)
+    # NumPy's argmax takes the first of equal ones and of NaN, and asks no other thread.
+    block_Z = block_maxima(rows_ZV).numpy().argmax(axis=1)
+    token_ZB, is_inside_ZB = block_tokens(torch.from_numpy(block_Z)[:, None], rows_ZV.shape[1])
+    value_ZB = rows_ZV.gather(1, token_ZB).masked_fill_(~is_inside_ZB, float("-inf"))
+    first_Z1 = torch.from_numpy(value_ZB.numpy().argmax(axis=1))[:, None]
+    return value_ZB.gather(1, first_Z1)[:, 0], token_ZB.gather(1, first_Z1)[:, 0]
 
 
 def block_tokens(block_ZN: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:

@@ -59,8 +59,8 @@ def sample(logits_ZV: Tensor, sequences: Seq[Sequence]) -> list[int]:
             dtype=torch.float64,
         )
         token_Z[drawn] = draw(rows_ZV, uniform_Z)
-    token_Z[~best_Z.isfinite()] = NONE_ALLOWED
-    token_Z[~is_finite_Z] = NOT_FINITE
+    token_Z.masked_fill_(~best_Z.isfinite(), NONE_ALLOWED)
+    token_Z.masked_fill_(~is_finite_Z, NOT_FINITE)
     return token_Z.tolist()
 
 

@@ -42,8 +42,9 @@ class TileTable:
               a_offset, bt_offset, a_stride, bt_stride [N] int64; ranks [N] int32, 1..16;
               scale [N] float32; u_offset, v_offset [N] int64;
               gain_offset [sites, G, 2] int64: of g and of c.
-    `max_tiles[m]` is the most tiles any segment runs at site m, `has_gains[m]` whether any segment
-    has g or c there (host tuples, so that nobody need ask the device).
+    All tensors are on the host, whatever device the pool is on: a backend makes of a table what its
+    kernels need. Tokens beyond `segments[-1]` are padding and belong to none. `max_tiles[m]` is the
+    most tiles any segment runs at site m, `has_gains[m]` whether any segment has g or c there.
     """
 
     segments: Tensor
@@ -79,8 +80,10 @@ class AttentionWork:
     page `page_table[s, c // C]` at row `c % C`.
 
     Shapes    query_starts [S+1] int32; context_lens [S] int32; page_table [S, max pages] int32,
-              padded with 0.
-    `max_query_tokens`, `max_context_tokens` are host copies of the maxima.
+              padded with 0. Where batches are padded for graphs (kernels/triton), a sequence of context length
+    0 is padding: what its tokens get is undefined. So is a token whose slot is negative: its K and
+    V are not stored.
+    `max_query_tokens`, `max_context_tokens` are host copies of the maxima, or more.
     """
 
     query_starts: Tensor
@@ -170,7 +173,7 @@ class Kernels(Protocol):
         num_parts: int,
     ) -> tuple[Tensor, Tensor]: ...
 
-    def recording(self) -> AbstractContextManager[None]: ...
+    def recording(self, num_rows: int = 0) -> AbstractContextManager[None]: ...
 
     def finish(self) -> None: ...
 

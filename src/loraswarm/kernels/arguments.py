@@ -48,6 +48,15 @@ def check_silu_multiply(gate_up_TF2: Tensor) -> None:
     )
 
 
+def check_rows_of_floats(rows_ZV: Tensor, size: int) -> None:
+    """Raise ValueError if the arguments of `block_maxima` are not as they must be."""
+    require(
+        rows_ZV.dim() == 2 and rows_ZV.stride(1) == 1 and rows_ZV.dtype == torch.float32,
+        "rows_ZV must be float32, [Z, V] with contiguous rows",
+    )
+    require(size >= 1, f"size is {size}; a block has at least one element")
+
+
 def _check_rows(rows_Z: Tensor, num_tokens: int) -> None:
     require(
         rows_Z.dim() == 1 and rows_Z.dtype == torch.int64 and rows_Z.is_contiguous(),

@@ -262,9 +262,10 @@ def linear_shrink(
     return y_TO, lora_shrink(x_TI, pool, tiles, first_site, num_parts)
 
 
-def recording() -> AbstractContextManager[None]:
-    """Between entering it and leaving it, or `finish`, what kernels return may not yet be computed,
-    and only kernels may read or write it. Here everything is computed at once."""
+def recording(num_rows: int = 0) -> AbstractContextManager[None]:
+    """Between entering and leaving it, or `finish`, what kernels return may not yet be computed, and
+    only kernels may read or write it. Most operands have `num_rows` rows; 0 says that nobody knows.
+    Here everything is computed at once."""
     return nullcontext()
 
 

@@ -10,11 +10,12 @@ from loraswarm.kernels.cpu.lora import linear_shrink, lora_expand_, lora_shrink
 from loraswarm.kernels.cpu.paged import paged_attention, rotate_and_write_kv_, write_kv_
 from loraswarm.kernels.cpu.products import linear
 from loraswarm.kernels.cpu.program import programs
-from loraswarm.kernels.cpu.rowwise import add_rms_norm_, silu_multiply
+from loraswarm.kernels.cpu.rowwise import add_rms_norm_, block_maxima, silu_multiply
 from loraswarm.kernels.cpu.warming import warm_up
 
 __all__ = [
     "add_rms_norm_",
+    "block_maxima",
     "finish",
     "linear",
     "linear_shrink",

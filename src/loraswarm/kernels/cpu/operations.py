@@ -14,6 +14,7 @@ from loraswarm.kernels.cpu.gating import silu_multiply_item
 from loraswarm.kernels.cpu.jit import called
 from loraswarm.kernels.cpu.linear import linear_item
 from loraswarm.kernels.cpu.linear_shrink import linear_shrink_item
+from loraswarm.kernels.cpu.maxima import maxima_item
 from loraswarm.kernels.cpu.norm import add_norm_item
 from loraswarm.kernels.cpu.rotating import rotate_write_item
 from loraswarm.kernels.cpu.shrink import shrink_item
@@ -28,6 +29,7 @@ SILU_MULTIPLY = 5
 ROTATE_WRITE = 6
 ATTENTION = 7
 WRITE_KV = 8
+MAXIMA = 9
 
 
 @called
@@ -51,3 +53,5 @@ def run_item(kind: int, arguments: Any, item: int, scratch: Any, like: Any) -> N
         attention_item(arguments, item, scratch, like)
     elif kind == WRITE_KV:
         write_kv_item(arguments, item, scratch, like)
+    elif kind == MAXIMA:
+        maxima_item(arguments, item, scratch, like)

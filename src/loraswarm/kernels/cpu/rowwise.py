@@ -1,4 +1,4 @@
-"""Records what is computed row by row: norms and gated products. Called through kernels/cpu."""
+"""Records what is computed row by row: norms, gated products, maxima. Called through kernels/cpu."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from torch import Tensor
 from loraswarm.kernels import arguments
 from loraswarm.kernels.cpu.elements import check_elements
 from loraswarm.kernels.cpu.gating import silu_arguments
+from loraswarm.kernels.cpu.maxima import MAXIMA_ELEMENTS, maxima_arguments, new_maxima
 from loraswarm.kernels.cpu.norm import norm_arguments
-from loraswarm.kernels.cpu.operations import ADD_NORM, SILU_MULTIPLY
+from loraswarm.kernels.cpu.operations import ADD_NORM, MAXIMA, SILU_MULTIPLY
 from loraswarm.kernels.cpu.program import programs
 
 NORM_PRODUCTS = 8
@@ -47,3 +48,19 @@ def silu_multiply(gate_up_TF2: Tensor) -> Tensor:
     num_items, words = silu_arguments(gate_up_TF2, out_TF)
     programs.add(SILU_MULTIPLY, num_items, words, dtype, SILU_PRODUCTS * num_tokens * width)
     return out_TF
+
+
+def block_maxima(rows_ZV: Tensor, size: int) -> Tensor:
+    """The largest of each `size` elements of a row, the last block of what is left; NaN where one
+    is NaN. By the threads that computed last, which have not gone to sleep yet.
+
+    Shapes    rows [Z, V] float32, rows may lie apart; returns [Z, N] float32.
+    Raises    ValueError naming rows_ZV or size.
+    """
+    maxima_ZN = new_maxima(rows_ZV, size)
+    if maxima_ZN.numel() > 0:
+        programs.hold(rows_ZV, maxima_ZN)
+        num_items, words = maxima_arguments(rows_ZV, maxima_ZN, size)
+        num_products = rows_ZV.numel() // MAXIMA_ELEMENTS
+        programs.add(MAXIMA, num_items, words, programs.last_dtype, num_products)
+    return maxima_ZN

@@ -221,22 +221,31 @@ def where_between(context: Any, low: Any, key: Any, high: Any, inside: Any, outs
     return inside(low, key, high, inside, outside), generate
 
 
-@intrinsic
-def total(context: Any, value: Vector) -> Any:
-    """The sum of all lanes: halves are added until one is left, always in the same order."""
+def _folded(combine: Callable[..., Any]) -> Any:
+    """An intrinsic that combines the halves of a vector until one lane is left, always in the same
+    order."""
 
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        vector = values[0]
-        while vector.type.count > 1:
-            half = vector.type.count // 2
-            first, second = (
-                builder.shuffle_vector(vector, vector, _indices(range(begin, begin + half)))
-                for begin in (0, half)
-            )
-            vector = builder.fadd(first, second)
-        return builder.extract_element(vector, _I32(0))
+    def typing(context: Any, value: Vector) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            vector = values[0]
+            while vector.type.count > 1:
+                half = vector.type.count // 2
+                first, second = (
+                    builder.shuffle_vector(vector, vector, _indices(range(begin, begin + half)))
+                    for begin in (0, half)
+                )
+                vector = combine(builder, first, second)
+            return builder.extract_element(vector, _I32(0))
 
-    return types.float32(value), generate
+        return types.float32(value), generate
+
+    return intrinsic(typing)
+
+
+total = _folded(lambda builder, a, b: builder.fadd(a, b))
+"""The sum of all lanes."""
+highest = _folded(_maximum)
+"""The largest of all lanes, none of which is NaN."""
 
 
 @intrinsic
