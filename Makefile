@@ -3,8 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PEERS_JSON ?= benchmarks/results/peers.json
+GPU_PYTHON ?= python3
+GPU_JSON ?= benchmarks/results/gpu.json
+GPU_TESTS ?= $(wildcard tests/test_triton_*.py) tests/test_engine.py tests/test_prefix_serving.py tests/test_mixing.py
 
-.PHONY: demo test lint check fuzz format train-demo bench bench-peers clean
+.PHONY: demo test lint check fuzz format train-demo bench bench-peers triton-check gpu-check gpu-bench clean
 
 demo: .venv/.demo            ## serve the bundled swarm, send one mixed batch, print the answers
 	$(BIN)/loraswarm demo
@@ -36,6 +39,16 @@ bench: .venv/.dev            ## decode throughput, base and 32 adapters
 
 bench-peers: .venv/.dev      ## install peers, measure them and ours (hours; benchmarks/peers/README.md)
 	$(BIN)/python benchmarks/peers/run_all.py --json $(PEERS_JSON) $(PEERS_OPTIONS)
+
+triton-check: .venv/.dev     ## every test of the kernels for CUDA, in Triton's interpreter (minutes)
+	LORASWARM_TEST_ALL=1 $(BIN)/python -m pytest -q $(wildcard tests/test_triton_*.py)
+
+# Where CUDA is, these run with what its Python has: no venv, nothing fetched.
+gpu-check:                   ## tests of kernels, models and engine on a CUDA device
+	LORASWARM_TEST_DEVICE=cuda PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -p no:cacheprovider $(GPU_TESTS)
+
+gpu-bench:                   ## measure a CUDA device: ceilings, LoRA kernels, steps of an 8B model
+	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu/run.py --json $(GPU_JSON) $(GPU_OPTIONS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_factory import save_random_adapter
+from device_under_test import DEVICE
 from loraswarm.config import EngineConfig
 from loraswarm.core.events import SequenceEvent
 from loraswarm.core.request import Request, SamplingParams
@@ -56,6 +57,7 @@ def make_engine(path: Path, report: Report | None = None, **options: Any) -> Eng
     """The engine of a saved swarm; small pool and context, and no prefix cache, which would let
     one request answer with what another has computed, unless `options` say otherwise."""
     defaults = {
+        "device": DEVICE.type,
         "model": str(path / "model"),
         "adapters": (str(path / "adapters"),),
         "pool_bytes": 8 << 20,

@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from loraswarm.engine import setup
+from loraswarm.engine import devices
 
 
 @pytest.mark.parametrize(
@@ -12,8 +12,8 @@ from loraswarm.engine import setup
 )
 def test_a_containers_quota_limits_the_threads(text, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 3)
-    monkeypatch.setattr(setup.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(setup, "CPU_QUOTA_FILE", tmp_path / "cpu.max")
-    assert setup._physical_cores() == 3
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(devices, "CPU_QUOTA_FILE", tmp_path / "cpu.max")
+    assert devices.physical_cores() == 3
     (tmp_path / "cpu.max").write_text(text + "\n")
-    assert setup._physical_cores() == expected
+    assert devices.physical_cores() == expected

@@ -85,7 +85,9 @@ def _shares(points: dict[tuple[str, str], list[Point]], weight_bytes: int) -> li
             continue
         rate = weight_bytes / _median(several, _between) / 1e9
         share = rate / statistics.median(point["read_gb_per_s"] for point in several)
-        lines.append(f"{peer}, one stream: {rate:.0f} GB/s of weights, {share:.0%} of the read rate")
+        lines.append(
+            f"{peer}, one stream: {rate:.0f} GB/s of weights, {share:.0%} of the read rate"
+        )
     return lines
 
 

@@ -98,7 +98,9 @@ def calibrate(
     from loraswarm.engine.setup import build_engine
 
     # Options are checked before adapters are made, which takes gigabytes.
-    fields = {"model": options.model, "prefix_caching": False}
+    if dict(options.engine).get("device", "auto") not in ("auto", "cpu"):
+        raise ConfigError("device 'cuda' cannot be calibrated; leave it out or set cpu")
+    fields = {"model": options.model, "prefix_caching": False, "device": "cpu"}
     config = EngineConfig.from_options(dict(options.engine) | fields)
     with _stores(options, report) as stores:
         config = replace(config, adapters=stores)

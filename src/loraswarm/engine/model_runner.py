@@ -6,6 +6,7 @@ Does not know queues or requests: it is told what to run. Called by the engine.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,19 +14,31 @@ from torch import Tensor
 from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.prepare import PreparedBatch, prepare
 from loraswarm.engine.step import Step
+from loraswarm.engine.transfer import to_device
 from loraswarm.memory.kv_cache import KVCache
 from loraswarm.memory.page_buffer import PageBuffer
 from loraswarm.memory.tile_store import TileStore
 from loraswarm.models.decoder import Decoder
 
+if TYPE_CHECKING:
+    from loraswarm.engine.graphs import DecodeGraphs
+
 
 class ModelRunner:
     """The base model, the page buffer and the tiles in it, on one device."""
 
-    def __init__(self, decoder: Decoder, buffer: PageBuffer, tiles: TileStore) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        buffer: PageBuffer,
+        tiles: TileStore,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        """With `graphs` decode steps are replayed, where one has been captured."""
         self.decoder = decoder
         self._buffer = buffer
         self._tiles = tiles
+        self._graphs = graphs
 
     def forget(self, dropped: Iterable[AdapterKey]) -> None:
         """These adapters are in their pages no more."""
@@ -38,5 +51,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, prepared: PreparedBatch) -> Tensor:
-        """Logits [Z, V] float32 of the batch's logit rows; its tokens' K and V are now in pages."""
-        return self.decoder.forward(prepared.batch)
+        """Logits [Z, V] float32 of the batch's logit rows; its tokens' K and V are now in pages.
+
+        They are the caller's to change until it calls again.
+        """
+        batch, device = prepared.batch, self._buffer.pool.device
+        logits_ZV = self._graphs.try_run(batch) if self._graphs is not None else None
+        if logits_ZV is not None:
+            return logits_ZV
+        return self.decoder.forward(batch if device.type == "cpu" else to_device(batch, device))

@@ -12,7 +12,6 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from loraswarm.core.sequence import Sequence
 from loraswarm.engine.step import ScheduledChunk
@@ -48,7 +47,10 @@ class PreparedBatch:
 def prepare(
     chunks: tuple[ScheduledChunk, ...], kv_cache: KVCache, buffer: PageBuffer, tiles: TileStore
 ) -> PreparedBatch:
-    """Build the tensors of one forward pass. Chunks' pages must be reserved, adapters loaded."""
+    """Build the tensors of one forward pass, on the host but for overlays, `pages` and `pool`.
+
+    Chunks' pages must be reserved, adapters loaded.
+    """
     order = sorted(range(len(chunks)), key=lambda index: chunks[index].sequence.mix)
     ordered = [chunks[index] for index in order]
     token_ids, positions = _tokens_and_positions(ordered)
@@ -59,13 +61,13 @@ def prepare(
     rows, logit_rows = _logit_rows(ordered)
     segments = _segments(ordered)
     head_segments = _segments_of_rows(segments, logit_rows)
-    device = buffer.pool.device
+    slots = pages.astype(np.int64) * page_tokens + positions % page_tokens
     batch = Batch(
-        token_ids=_tensor(token_ids, device),
-        positions=_tensor(positions, device),
-        slots=_tensor(pages.astype(np.int64) * page_tokens + positions % page_tokens, device),
-        logit_rows=_tensor(np.array(logit_rows, dtype=np.int64), device),
-        attention=_attention_work(ordered, counts, page_table, device),
+        token_ids=torch.from_numpy(token_ids),
+        positions=torch.from_numpy(positions),
+        slots=torch.from_numpy(slots),
+        logit_rows=torch.from_numpy(np.array(logit_rows, dtype=np.int64)),
+        attention=_attention_work(ordered, counts, page_table),
         tiles=tiles.table(segments),
         overlays=tiles.overlays(segments),
         head_tiles=tiles.table(head_segments),
@@ -119,7 +121,7 @@ def _page_table(chunks: list[ScheduledChunk], kv_cache: KVCache) -> np.ndarray:
 
 
 def _attention_work(
-    chunks: list[ScheduledChunk], counts: np.ndarray, page_table: np.ndarray, device: torch.device
+    chunks: list[ScheduledChunk], counts: np.ndarray, page_table: np.ndarray
 ) -> AttentionWork:
     starts = np.zeros(len(chunks) + 1, dtype=np.int32)
     np.cumsum(counts, out=starts[1:])
@@ -127,9 +129,9 @@ def _attention_work(
         [chunk.sequence.num_computed + chunk.num_tokens for chunk in chunks], dtype=np.int32
     )
     return AttentionWork(
-        query_starts=_tensor(starts, device),
-        context_lens=_tensor(contexts, device),
-        page_table=_tensor(page_table, device),
+        query_starts=torch.from_numpy(starts),
+        context_lens=torch.from_numpy(contexts),
+        page_table=torch.from_numpy(page_table),
         max_query_tokens=int(counts.max()),
         max_context_tokens=int(contexts.max()),
     )
@@ -161,7 +163,3 @@ def _prompt_positions(sequence: Sequence, num_tokens: int) -> range:
         return range(0)
     begin = max(sequence.num_computed + 1, len(sequence.prompt_logprobs))
     return range(begin, min(sequence.num_computed + num_tokens + 1, sequence.num_prompt))
-
-
-def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device)

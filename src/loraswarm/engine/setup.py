@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
@@ -23,7 +23,15 @@ from loraswarm.config import Dtype, EngineConfig
 from loraswarm.core.base_shape import BaseShape
 from loraswarm.core.client import EngineInfo
 from loraswarm.core.cost_model import CostFigures
+from loraswarm.engine.devices import (
+    default_pool_bytes,
+    load_kernels,
+    memory_report,
+    resolve_device,
+    set_threads,
+)
 from loraswarm.engine.engine import Engine, EngineParts
+from loraswarm.engine.headroom import step_bytes
 from loraswarm.engine.loader import Loader, ThreadLoader
 from loraswarm.engine.loader_jobs import JobFailed, ScanDone, ScanJob
 from loraswarm.engine.loader_process import ProcessLoader
@@ -34,7 +42,6 @@ from loraswarm.engine.residency import Residency
 from loraswarm.engine.scheduler import Scheduler, StepLimits
 from loraswarm.engine.wakeup import Wakeup, wait_readable
 from loraswarm.errors import ConfigError
-from loraswarm.kernels import cpu
 from loraswarm.memory.costs import CostModel
 from loraswarm.memory.eviction import EvictionOrder
 from loraswarm.memory.geometry import PageGeometry, page_geometry
@@ -52,14 +59,15 @@ from loraswarm.models.quantization import Quantization, quantization_of, without
 from loraswarm.models.quantized.loading import load_quantized_decoder
 from loraswarm.models.source import eos_token_ids, read_config, resolve_model
 
+if TYPE_CHECKING:
+    from loraswarm.engine.graphs import DecodeGraphs
+
 Report = Callable[[str], None]
-MAX_CPU_POOL_BYTES = 4 << 30
 MAX_HOST_CACHE_BYTES = 4 << 30
 HOST_CACHE_SHARE = 0.2
 DESCRIBING_S = 1.0
 SECOND_LOOK_S = 0.55
 FIRST_SCAN = -1
-CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
 DTYPES: dict[torch.dtype, Dtype] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
@@ -108,18 +116,16 @@ class Model(NamedTuple):
 
 
 def _build(config: EngineConfig, loader: Loader, model: Model, report: Report) -> Engine:
-    path, model_config, quantization, figures = model
+    path, model_config, _, figures = model
     dtype = getattr(torch, config.dtype)
     loader.submit(ScanJob(FIRST_SCAN))
     report(f"loading model={config.model_name} path={path} dtype={config.dtype}")
-    backend = Backend(cpu, dtype, torch.device(config.device))
-    if quantization is None:
-        decoder = load_decoder(path, model_config, backend, report)
-    else:
-        decoder = load_quantized_decoder(path, model_config, backend, quantization, report)
+    device = resolve_device(config.device)
+    backend = Backend(load_kernels(device), dtype, device)
+    decoder = _load(model, backend, report)
+    backend.kernels.warm_up(config.dtype, lambda line: report(f"kernel {line}"))
     geometry = page_geometry(model_config.shape(), dtype.itemsize)
-    config = _size_pool(config, geometry, model_config.max_position)
-    cpu.warm_up(config.dtype, lambda line: report(f"kernel {line}"))
+    config = _size_pool(config, geometry, decoder, backend)
     info = _info(config, path, decoder, geometry)
     unknown = [token_id for token_id in eos_token_ids(path) if token_id >= info.vocab_size]
     if unknown:
@@ -130,6 +136,24 @@ def _build(config: EngineConfig, loader: Loader, model: Model, report: Report) -
     catalog = Catalog(config.model_name)
     failures = _fill(catalog, loader, model_config.shape(), report)
     return _assemble(config, info, Adapters(catalog, loader, failures), decoder, backend, figures)
+
+
+def _load(model: Model, backend: Backend, report: Report) -> Decoder:
+    """The base with its weights. Raises ConfigError if it does not fit the device's memory."""
+    path, config, quantization, _ = model
+    if quantization is not None and backend.device.type != "cpu":
+        raise ConfigError(
+            f"{path} would be served as integers, which is done on the CPU only; use --device cpu"
+        )
+    before = memory_report(backend.device)
+    try:
+        if quantization is not None:
+            return load_quantized_decoder(path, config, backend, quantization, report)
+        return load_decoder(path, config, backend, report)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{path} does not fit in {backend.dtype}: {before}; use a smaller model or --dtype"
+        ) from error
 
 
 def _make_directory(path: str) -> None:
@@ -238,7 +262,7 @@ def _assemble(
         host=host,
         copier=copier,
         wakeup=wakeup,
-        runner=ModelRunner(decoder, buffer, tiles),
+        runner=ModelRunner(decoder, buffer, tiles, _graphs(config, info, decoder, backend)),
         memory=memory,
         residency=residency,
         scheduler=Scheduler(memory, FirstComeFirstServed(), residency, limits),
@@ -247,60 +271,62 @@ def _assemble(
     return Engine(info, parts, config.seed, config.refresh_interval_s)
 
 
+def _graphs(
+    config: EngineConfig, info: EngineInfo, decoder: Decoder, backend: Backend
+) -> DecodeGraphs | None:
+    """None on the CPU, which has none."""
+    if backend.device.type != "cuda":
+        return None
+    from loraswarm.engine.graphs import CudaRecorder, DecodeGraphs
+
+    max_pages = -(-info.max_model_len // info.page_tokens)
+    recorder = CudaRecorder(backend.device)
+    max_rows = config.max_num_sequences
+    return DecodeGraphs(decoder, recorder, max_pages, info.page_tokens, max_rows)
+
+
 def _resolve(config: EngineConfig, dtype: torch.dtype) -> EngineConfig:
     """Fill in device, dtype, threads and the host cache's bytes, and set the threads."""
-    if config.device == "cuda":
-        raise ConfigError("device 'cuda' is not supported by this version; use --device cpu")
+    device = resolve_device(config.device)
     if config.max_step_tokens < config.max_num_sequences:
         raise ConfigError(
             f"max_step_tokens is {config.max_step_tokens} but max_num_sequences is "
             f"{config.max_num_sequences}; a step must have room for one token of each sequence"
         )
-    num_threads = config.num_threads or min(_physical_cores(), cpu.max_num_threads())
-    try:
-        cpu.set_num_threads(num_threads)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    torch.set_num_threads(num_threads)
+    num_threads = set_threads(device, config.num_threads)
     host_cache_bytes = config.host_cache_bytes
     if host_cache_bytes is None:
         available = psutil.virtual_memory().available
         host_cache_bytes = min(MAX_HOST_CACHE_BYTES, int(HOST_CACHE_SHARE * available))
     return dataclasses.replace(
         config,
-        device="cpu",
+        device="cuda" if device.type == "cuda" else "cpu",
         dtype=DTYPES[dtype],
         num_threads=num_threads,
         host_cache_bytes=host_cache_bytes,
     )
 
 
-def _physical_cores() -> int:
-    """Cores this process may run on and be busy on, without hyper-threads."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = min(allowed or 1, psutil.cpu_count(logical=False) or 1)
-    return max(1, min(cores, _cpu_quota(CPU_QUOTA_FILE) or cores))
-
-
-def _cpu_quota(file: Path) -> int | None:
-    """CPUs that a container may use at once, at least 1; None if nothing limits them."""
-    try:
-        quota, period = file.read_text().split()
-        return max(1, int(quota) // int(period))
-    except (OSError, ValueError):  # not Linux, another version of control groups, or "max"
-        return None
-
-
-def _size_pool(config: EngineConfig, geometry: PageGeometry, limit: int) -> EngineConfig:
+def _size_pool(
+    config: EngineConfig, geometry: PageGeometry, decoder: Decoder, backend: Backend
+) -> EngineConfig:
     """Fill in the pool's bytes and the context length; both must be possible together."""
-    pool_bytes = config.pool_bytes
+    pool_bytes, limit = config.pool_bytes, decoder.config.max_position
     if pool_bytes is None:
-        available = psutil.virtual_memory().available
-        pool_bytes = min(MAX_CPU_POOL_BYTES, int(config.memory_utilization * available))
+        sizes = config.max_step_tokens, config.max_num_sequences
+        try:
+            num_bytes = step_bytes(decoder, backend, geometry, *sizes)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"a step of {config.max_step_tokens} tokens does not fit beside the weights:"
+                f" {memory_report(backend.device)}; lower max_step_tokens"
+            ) from error
+        pool_bytes = default_pool_bytes(backend.device, config.memory_utilization, num_bytes)
     pool_tokens = pool_bytes // geometry.page_bytes * geometry.page_tokens
     if pool_tokens == 0:
         raise ConfigError(
             f"pool_bytes is {pool_bytes:,}; one page of this model takes {geometry.page_bytes:,}"
+            f" ({memory_report(backend.device)})"
         )
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(

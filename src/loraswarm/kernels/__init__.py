@@ -80,10 +80,10 @@ class AttentionWork:
     page `page_table[s, c // C]` at row `c % C`.
 
     Shapes    query_starts [S+1] int32; context_lens [S] int32; page_table [S, max pages] int32,
-              padded with 0. Where batches are padded for graphs (kernels/triton), a sequence of context length
-    0 is padding: what its tokens get is undefined. So is a token whose slot is negative: its K and
-    V are not stored.
-    `max_query_tokens`, `max_context_tokens` are host copies of the maxima, or more.
+              padded with 0.
+    `max_query_tokens`, `max_context_tokens` are host copies of the maxima, or more. Where batches
+    are padded for graphs (kernels/triton), a sequence of context length 0 is padding: what its
+    tokens get is undefined. So is a token whose slot is negative: its K and V are not stored.
     """
 
     query_starts: Tensor

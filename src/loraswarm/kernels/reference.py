@@ -263,9 +263,9 @@ def linear_shrink(
 
 
 def recording(num_rows: int = 0) -> AbstractContextManager[None]:
-    """Between entering and leaving it, or `finish`, what kernels return may not yet be computed, and
-    only kernels may read or write it. Most operands have `num_rows` rows; 0 says that nobody knows.
-    Here everything is computed at once."""
+    """Between entering it and leaving it, or `finish`, what kernels return may not yet be computed,
+    and only kernels may read or write it. Most operands have `num_rows` rows, unless it is 0. Here
+    everything is computed at once."""
     return nullcontext()
 
 

@@ -17,6 +17,7 @@ from loraswarm.kernels.huge_pages import empty_in_huge_pages
 from loraswarm.memory.geometry import PageGeometry
 from loraswarm.memory.image import image_bytes, piece_bytes
 from loraswarm.memory.packing import Packing
+from loraswarm.memory.staging import Staging
 
 
 class PageBuffer:
@@ -40,10 +41,12 @@ class PageBuffer:
         assert geometry.element_bytes == dtype.itemsize
         self.geometry = geometry
         num_bytes = num_pages * geometry.page_bytes
+        self._staging: Staging | None = None
         if device.type == "cpu":
             self._bytes = empty_in_huge_pages((num_bytes,), torch.uint8)
         else:
             self._bytes = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            self._staging = Staging(device)
         self.pool: Tensor = self._bytes.view(dtype)
         self.floats: Tensor = self._bytes.view(torch.float32)
         self.pages: Tensor = self.pool.view(
@@ -58,13 +61,18 @@ class PageBuffer:
     def copy_pieces(self, image: np.ndarray, packing: Packing, starts: Sequence[int]) -> None:
         """Copy an image (memory/image) to where its pieces begin, in elements of `pool`.
 
-        Pages that follow each other in the pool are copied as one. Any thread may call it: it holds
-        the GIL only between copies. The buffer must be on the CPU.
+        Pages that follow each other in the pool are copied as one. Any thread may call it, one at
+        a time: it holds the GIL only between copies. Done when it returns, on a device too, where
+        no kernel under way may use these pages.
         """
         assert image.nbytes == image_bytes(packing, self.geometry)
-        out = self._bytes.numpy()
         sizes = piece_bytes(packing, self.geometry)
-        for source, target in _copies(starts, sizes, self.geometry.element_bytes):
+        copies = _copies(starts, sizes, self.geometry.element_bytes)
+        if self._staging is not None:
+            self._staging.copy(image, self._bytes, copies)
+            return
+        out = self._bytes.numpy()
+        for source, target in copies:
             out[target] = image[source]
 
 

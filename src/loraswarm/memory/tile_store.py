@@ -28,7 +28,7 @@ from loraswarm.memory.tile_join import NO_VECTOR, AdapterTiles, TileColumns, joi
 from loraswarm.memory.tile_layout import NOTHING
 
 Segment = tuple[AdapterMix, int]
-MAX_KEPT_OVERLAYS = 4
+MAX_KEPT = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +63,7 @@ class TileStore:
         self._written: WeakSet[SharedPlace] = WeakSet()
         self._joined_mixes: tuple[AdapterMix, ...] = ()
         self._joined: TileTable | None = None
+        self._tables: dict[tuple[Segment, ...], TileTable] = {}
         self._overlays: dict[tuple[Segment, ...], Overlays] = {}
 
     def load(self, load: AdapterLoad, adapter: Adapter) -> None:
@@ -123,8 +124,12 @@ class TileStore:
         """The tile table of a batch whose token runs belong to these adapters, in order.
 
         None if no segment has tiles or gains. Adapters must be loaded; a batch with the same mixes
-        in the same order as the last one reuses its arrays, whatever the numbers of tokens.
+        in the same order as the last one reuses its arrays, whatever the numbers of tokens. While
+        segments stay the same, as they do in decode, so does the table.
         """
+        key = tuple(segments)
+        if key in self._tables:
+            return self._tables[key]
         mixes = tuple(mix for mix, _ in segments)
         if mixes != self._joined_mixes:
             self._joined, self._joined_mixes = self._join(mixes), mixes
@@ -132,7 +137,10 @@ class TileStore:
             return None
         bounds = np.zeros(len(segments) + 1, dtype=np.int32)
         np.cumsum([num_tokens for _, num_tokens in segments], out=bounds[1:])
-        return replace(self._joined, segments=self._to_device(bounds))
+        if len(self._tables) == MAX_KEPT:
+            self._tables.clear()
+        self._tables[key] = replace(self._joined, segments=torch.from_numpy(bounds))
+        return self._tables[key]
 
     def overlays(self, segments: Sequence[Segment]) -> Overlays:
         """The overlays of a batch whose token runs belong to these adapters, in order.
@@ -141,7 +149,7 @@ class TileStore:
         """
         key = tuple(segments)
         if key not in self._overlays:
-            if len(self._overlays) == MAX_KEPT_OVERLAYS:
+            if len(self._overlays) == MAX_KEPT:
                 self._overlays.clear()
             self._overlays[key] = self._find_overlays(key)
         return self._overlays[key]
@@ -194,12 +202,12 @@ class TileStore:
         num_tiles = joined.ranges[:, :, 1] - joined.ranges[:, :, 0]
         has_gains = (joined.gain_offset != NO_VECTOR).any(axis=(1, 2))
         columns = {
-            name: self._to_device(column) for name, column in joined.columns._asdict().items()
+            name: torch.from_numpy(column) for name, column in joined.columns._asdict().items()
         }
         return TileTable(
             segments=torch.empty(0, dtype=torch.int32),
-            ranges=self._to_device(joined.ranges),
-            gain_offset=self._to_device(joined.gain_offset),
+            ranges=torch.from_numpy(joined.ranges),
+            gain_offset=torch.from_numpy(joined.gain_offset),
             max_tiles=tuple(num_tiles.max(axis=1).tolist()),
             has_gains=tuple(has_gains.tolist()),
             **columns,
@@ -230,6 +238,7 @@ class TileStore:
 
     def _forget_batch(self) -> None:
         self._joined, self._joined_mixes = None, ()
+        self._tables.clear()
         self._overlays.clear()
 
     def _to_device(self, array: np.ndarray) -> Tensor:

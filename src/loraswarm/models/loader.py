@@ -53,12 +53,13 @@ def load_decoder(
     """
     decoder = Decoder(backend, config)
     _fill(decoder, path, report)
-    if can_pack(backend.dtype, backend.device):
+    if backend.device.type == "cuda" or can_pack(backend.dtype, backend.device):
         # Either all: what torch computes and what kernels record must not alternate, since memory
         # of torch's own is not kept for what is recorded.
         is_even = all(weight.rows.shape[1] % 2 == 0 for weight in decoder.matrices())
+        is_kernels_own = is_even or backend.device.type == "cuda"
         for weight in tqdm(decoder.matrices(), desc="packing", disable=None):
-            weight.pack_(backend.kernels if is_even else None)
+            weight.pack_(backend.kernels if is_kernels_own else None)
     decoder.share_head()
     return decoder
 

@@ -1,4 +1,4 @@
-"""Records what is computed row by row: norms, gated products, maxima. Called through kernels/cpu."""
+"""Records what is computed by rows: norms, gated products, maxima. Called through kernels/cpu."""
 
 from __future__ import annotations
 

@@ -1,0 +1,193 @@
+"""Steps of a model of Llama-3-8B's sizes with random weights: decode as graphs, and prefill.
+
+Weights, K and V and adapters are made on the device. Used by run.
+Legend: T tokens, S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from ceilings import Ceilings
+from swarm import Sites
+from timing import step_s
+
+from loraswarm.engine.graphs import CudaRecorder, DecodeGraphs
+from loraswarm.engine.transfer import to_device
+from loraswarm.kernels import AttentionWork, TileTable, triton
+from loraswarm.memory.geometry import page_geometry
+from loraswarm.memory.page_buffer import PageBuffer
+from loraswarm.models.batch import Batch
+from loraswarm.models.config import DecoderConfig
+from loraswarm.models.decoder import Decoder
+from loraswarm.models.layers.backend import Backend
+
+BATCHES = (1, 8, 32, 64, 128)
+CONTEXT = 1024
+PREFILL_TOKENS = 2048
+RANK = 16
+MIXED_RANKS = (8, 16, 32, 64)
+DTYPE = torch.bfloat16
+CASES: Mapping[str, int | None] = {
+    "base": 0,
+    "1 adapter": 1,
+    "8 distinct": 8,
+    "32 distinct": 32,
+    "all distinct": None,
+    "all distinct, mixed ranks": None,
+}
+
+
+@dataclass
+class Machine:
+    """A decoder, pages for the largest batch, and adapters behind them in the pool."""
+
+    device: torch.device
+    config: DecoderConfig
+    decoder: Decoder = field(init=False)
+    buffer: PageBuffer = field(init=False)
+    graphs: DecodeGraphs = field(init=False)
+    sites: Mapping[str, Sites] = field(init=False)
+
+    def __post_init__(self) -> None:
+        backend = Backend(triton, DTYPE, self.device)
+        self.decoder = Decoder(backend, self.config)
+        for _, tensor in self.decoder.weights():
+            tensor.normal_(std=0.02)
+        for weight in self.decoder.matrices():
+            weight.pack_(triton)
+        shape = self.config.shape()
+        geometry = page_geometry(shape, DTYPE.itemsize)
+        self.pages_each = -(-(max(CONTEXT, PREFILL_TOKENS) + 1) // geometry.page_tokens)
+        num_kv_pages = max(BATCHES) * self.pages_each
+        sizes = [shape.site_sizes(site) for site in range(shape.num_linears)]
+        sizes += [(0, 0)] * (shape.num_sites() - shape.num_linears)  # nothing there
+        first = num_kv_pages * geometry.page_bytes // DTYPE.itemsize
+        plain = Sites(sizes, first)
+        for adapter in range(max(BATCHES)):
+            plain.add(adapter, RANK)
+        mixed = Sites(sizes, plain.end)
+        for adapter in range(max(BATCHES)):
+            mixed.add(adapter, MIXED_RANKS[adapter % len(MIXED_RANKS)])
+        num_pages = -(-mixed.end * DTYPE.itemsize // geometry.page_bytes)
+        self.buffer = PageBuffer(num_pages, shape, geometry, DTYPE, self.device)
+        self.buffer.pool.normal_(std=0.02)
+        self.sites = {"plain": plain, "mixed": mixed}
+        self.page_tokens = geometry.page_tokens
+        self.graphs = DecodeGraphs(
+            self.decoder,
+            CudaRecorder(self.device),
+            self.pages_each,
+            self.page_tokens,
+            max(BATCHES),
+        )
+
+    def batch(self, counts: Sequence[int], context: int, tiles: TileTable | None) -> Batch:
+        """New tokens of each sequence, the last of `context`; logits of each one's last."""
+        num_sequences, num_tokens = len(counts), sum(counts)
+        starts = np.concatenate(([0], np.cumsum(counts)))
+        positions = np.concatenate([np.arange(context - count, context) for count in counts])
+        owner = np.repeat(np.arange(num_sequences), counts)
+        pages = owner * self.pages_each + positions // self.page_tokens
+        table = np.arange(num_sequences * self.pages_each).reshape(num_sequences, -1)
+        used = -(-context // self.page_tokens)
+        generator = torch.Generator().manual_seed(0)
+        return Batch(
+            token_ids=torch.randint(0, self.config.vocab_size, (num_tokens,), generator=generator),
+            positions=torch.from_numpy(positions),
+            slots=torch.from_numpy(pages * self.page_tokens + positions % self.page_tokens),
+            logit_rows=torch.from_numpy(starts[1:] - 1),
+            attention=AttentionWork(
+                torch.from_numpy(starts.astype(np.int32)),
+                torch.full((num_sequences,), context, dtype=torch.int32),
+                torch.from_numpy(np.ascontiguousarray(table[:, :used]).astype(np.int32)),
+                max(counts),
+                context,
+            ),
+            tiles=tiles,
+            head_tiles=tiles,
+            pages=self.buffer.pages,
+            pool=self.buffer.pool,
+        )
+
+    def table(self, kind: str, counts: Sequence[int], num_adapters: int) -> TileTable | None:
+        """A table in which as many adapters take turns; tokens of one are adjacent."""
+        if num_adapters == 0:
+            return None
+        shares = np.array_split(np.array(counts), num_adapters)
+        return self.sites[kind].table(
+            [(index, int(part.sum())) for index, part in enumerate(shares)]
+        )
+
+
+def measure_decode(machine: Machine, ceilings: Ceilings) -> list[dict[str, Any]]:
+    """A row for every batch and case: milliseconds a step, over base, and over the bound."""
+    rows: list[dict[str, Any]] = []
+    weight_bytes = machine.decoder.num_bytes() - machine.decoder.embedding_VD.nbytes
+    kv_bytes = 2 * machine.config.shape().kv_elements_per_token() * CONTEXT
+    for batch in BATCHES:
+        base_ms = 0.0
+        for name, wanted in CASES.items():
+            num_adapters = batch if wanted is None else wanted
+            kind = "mixed" if "mixed" in name else "plain"
+            if num_adapters > batch:
+                continue
+            host = machine.batch(
+                [1] * batch, CONTEXT, machine.table(kind, [1] * batch, num_adapters)
+            )
+            step_ms = step_s(lambda host=host: _replay(machine, host)) * 1e3
+            base_ms = step_ms if num_adapters == 0 else base_ms
+            adapter_bytes = sum(machine.sites[kind].tile_bytes(i) for i in range(num_adapters))
+            num_bytes = weight_bytes + batch * kv_bytes + adapter_bytes
+            rows.append(
+                {
+                    "batch": batch,
+                    "case": name,
+                    "step_ms": step_ms,
+                    "tokens_per_s": batch / step_ms * 1e3,
+                    "over_base": step_ms / base_ms - 1,
+                    "bytes": num_bytes,
+                    "share_of_bound": num_bytes / ceilings.read_gb_per_s / 1e6 / step_ms,
+                }
+            )
+    return rows
+
+
+def measure_prefill(machine: Machine, ceilings: Ceilings) -> list[dict[str, Any]]:
+    """One prompt of PREFILL_TOKENS: base and one adapter."""
+    rows: list[dict[str, Any]] = []
+    shape = machine.config.shape()
+    num_weights = sum(i * o for i, o in map(shape.site_sizes, range(shape.num_linears)))
+    bound_ms = 2 * num_weights * PREFILL_TOKENS / ceilings.tflop_per_s / 1e9
+    for name, num_adapters in (("base", 0), ("1 adapter", 1)):
+        counts = [PREFILL_TOKENS]
+        host = machine.batch(counts, PREFILL_TOKENS, machine.table("plain", counts, num_adapters))
+        host = replace(host, head_tiles=None)  # no adapter here has tiles there
+        step_ms = step_s(lambda host=host: _prefill(machine, host), num_runs=5) * 1e3
+        base_ms = step_ms if num_adapters == 0 else rows[0]["step_ms"]
+        rows.append(
+            {
+                "case": name,
+                "step_ms": step_ms,
+                "tokens_per_s": PREFILL_TOKENS / step_ms * 1e3,
+                "over_base": step_ms / base_ms - 1,
+                "share_of_bound": bound_ms / step_ms,
+            }
+        )
+    return rows
+
+
+@torch.inference_mode()
+def _replay(machine: Machine, host: Batch) -> None:
+    logits_ZV = machine.graphs.try_run(host)
+    assert logits_ZV is not None, "a decode step was not captured"
+    logits_ZV.argmax(dim=-1)
+
+
+@torch.inference_mode()
+def _prefill(machine: Machine, host: Batch) -> None:
+    machine.decoder.forward(to_device(host, machine.device)).argmax(dim=-1)

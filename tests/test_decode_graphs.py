@@ -1,0 +1,194 @@
+"""Decode steps that are captured once and replayed equal steps that are run; padding does nothing.
+
+Without a CUDA device the recorder repeats the Python of the step, over the same fixed tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from batch_factory import AdapterPool, BatchFactory, HandAdapter, Rows
+from device_under_test import DEVICE
+from loraswarm.core.base_shape import FINAL_NORM
+from loraswarm.engine.graphs import CudaRecorder, DecodeGraphs
+from loraswarm.engine.transfer import to_device
+from loraswarm.kernels import triton
+from loraswarm.kernels.triton import words
+from loraswarm.models.batch import Batch
+from loraswarm.models.decoder import Decoder
+from loraswarm.models.families import decoder_config
+from loraswarm.models.layers.backend import Backend
+from loraswarm.models.loader import load_decoder
+from loraswarm.models.source import read_config
+from model_factory import VOCAB_SIZE, save_tiny_model
+from tile_factory import SiteWeights
+from tolerance import assert_close
+
+PAGE_TOKENS = 16
+MAX_PAGES = 4
+MAX_ROWS = 6
+RANKS = (5, 40, 16, 8)
+
+pytestmark = pytest.mark.usefixtures("interpreted_triton")
+
+
+class Repeated:
+    """Counts what is captured; a replay runs the step's Python again."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, run):
+        self.count += 1
+        return CudaRecorder(DEVICE)(run) if DEVICE.type == "cuda" else run
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory) -> Decoder:
+    path: Path = save_tiny_model(tmp_path_factory.mktemp("model"), "qwen2-tied")
+    backend = Backend(triton, torch.float32, DEVICE)
+    return load_decoder(path, decoder_config(read_config(path)), backend)
+
+
+@pytest.fixture
+def recorder() -> Repeated:
+    return Repeated()
+
+
+@pytest.fixture
+def graphs(decoder, recorder) -> DecodeGraphs:
+    return DecodeGraphs(decoder, recorder, MAX_PAGES, PAGE_TOKENS, MAX_ROWS)
+
+
+class Swarm:
+    """Sequences with a context each, and adapters of several ranks; two have the same."""
+
+    def __init__(self, decoder: Decoder, num_sequences: int):
+        self._decoder = decoder
+        self._factory = BatchFactory(decoder.shape, torch.float32, page_tokens=PAGE_TOKENS)
+        self._factory.pages = self._factory.pages.to(DEVICE)
+        self.pages = self._factory.pages
+        self._pool = AdapterPool(
+            {f"a{index}": _adapter(decoder, index) for index in range(len(RANKS))}
+            | {"normed": HandAdapter(overlays=[Rows((FINAL_NORM,), torch.ones(1, 48))])},
+            decoder.shape,
+            torch.float32,
+        )
+        self._pool.pool = self._pool.pool.to(DEVICE)
+        self.names = [f"s{index}" for index in range(num_sequences)]
+        for index, name in enumerate(self.names):
+            self.run(self._batch({name: list(range(3, 6 + 7 * index))}))
+
+    def decode(self, adapters: list[str | None]) -> Batch:
+        """One token more of as many sequences; adapters are in order, equal ones adjacent."""
+        chunks = {name: [7 + index] for index, name in enumerate(self.names[: len(adapters)])}
+        batch = self._batch(chunks)
+        if not any(adapters):
+            return batch
+        batch = self._pool.adapt(batch, [(name, 1) for name in adapters])
+        return dataclasses.replace(batch, head_tiles=batch.tiles)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Tensor:
+        return self._decoder.forward(to_device(batch, DEVICE)).cpu()
+
+    def _batch(self, chunks) -> Batch:
+        return self._factory.batch(chunks)
+
+
+def _adapter(decoder: Decoder, index: int) -> HandAdapter:
+    generator = torch.Generator().manual_seed(index)
+    sites = {}
+    for site in range(decoder.shape.num_linears):
+        if index == 3 and site % 7 != 1:  # k_proj alone
+            continue
+        in_size, out_size = decoder.shape.site_sizes(site)
+        a = torch.randn(RANKS[index], in_size, generator=generator) * in_size**-0.5
+        b = torch.randn(out_size, RANKS[index], generator=generator) * RANKS[index] ** -0.5
+        sites[site] = SiteWeights(a, b, scale=0.5)
+    return HandAdapter(sites)
+
+
+@torch.inference_mode()
+def replayed(graphs: DecodeGraphs, batch: Batch) -> Tensor:
+    logits_ZV = graphs.try_run(batch)
+    assert logits_ZV is not None
+    return logits_ZV.clone().cpu()
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 5, 6])
+def test_a_replayed_step_of_the_base_equals_the_step(decoder, graphs, recorder, num_rows):
+    swarm = Swarm(decoder, num_rows)
+    for _ in range(3):
+        batch = swarm.decode([None] * num_rows)
+        expected_ZV = swarm.run(batch)
+        assert expected_ZV.shape == (num_rows, VOCAB_SIZE)
+        found_ZV = replayed(graphs, batch)
+        if num_rows in (1, MAX_ROWS):  # no padding, which torch's products may round otherwise with
+            assert torch.equal(found_ZV, expected_ZV)
+        assert_close(found_ZV, expected_ZV, torch.float32)
+    assert recorder.count == 1
+
+
+def test_one_graph_serves_any_adapters_of_as_many_tiles(decoder, graphs, recorder):
+    swarm = Swarm(decoder, 5)
+    base_ZV = swarm.run(swarm.decode([None] * 5))
+    mixes = [
+        [None, "a1", "a1", "a2", "a0"],
+        ["a1", "a2", None, None, None],
+        ["a0", "a2", "a1", "a3", None],
+    ]
+    for adapters in mixes:
+        batch = swarm.decode(adapters)
+        expected_ZV = swarm.run(batch)
+        assert not torch.allclose(expected_ZV, base_ZV)
+        assert_close(replayed(graphs, batch), expected_ZV, torch.float32)
+    assert recorder.count == 1
+
+
+def test_adapters_of_fewer_targets_or_tiles_have_graphs_of_their_own(decoder, graphs, recorder):
+    swarm = Swarm(decoder, 2)
+    for adapters in (["a1", None], ["a3", None], ["a2", "a0"], [None, None], ["a1", "a2"]):
+        batch = swarm.decode(adapters)
+        assert_close(replayed(graphs, batch), swarm.run(batch), torch.float32)
+    assert recorder.count == 4
+
+
+def test_graphs_are_captured_anew_when_a_table_outgrows_its_place(
+    decoder, graphs, recorder, monkeypatch
+):
+    monkeypatch.setattr(words, "ROOM", 1)
+    swarm = Swarm(decoder, 4)
+    for adapters in (["a1"], ["a0", "a1", "a2", None], ["a1"]):
+        batch = swarm.decode(adapters)
+        assert_close(replayed(graphs, batch), swarm.run(batch), torch.float32)
+    assert recorder.count == 3
+
+
+def test_padding_changes_no_page(decoder, graphs):
+    swarm = Swarm(decoder, 3)
+    replayed(graphs, swarm.decode([None] * 3))
+    batch = swarm.decode([None] * 3)
+    before = swarm.pages.clone().cpu()
+    replayed(graphs, batch)
+    after = swarm.pages.cpu()
+    changed = (before.view(torch.int32) != after.view(torch.int32)).any(dim=-1)
+    slots = changed.any(dim=1).any(dim=1).any(dim=1).flatten().nonzero()[:, 0]
+    assert slots.tolist() == sorted(batch.slots.tolist())
+
+
+def test_what_is_no_plain_decode_step_is_left_to_others(decoder, graphs, recorder):
+    swarm = Swarm(decoder, 2)
+    decode = swarm.decode([None, None])
+    prefill = swarm._batch({"new": [5, 6, 7]})
+    normed = swarm._pool.adapt(decode, [("normed", 2)])
+    assert normed.head_overlays
+    for batch in (prefill, normed, dataclasses.replace(decode, logit_rows=torch.tensor([1]))):
+        assert graphs.try_run(batch) is None
+    assert recorder.count == 0
+    assert graphs.try_run(decode) is not None
