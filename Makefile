@@ -5,7 +5,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PEERS_JSON ?= benchmarks/results/peers.json
 GPU_PYTHON ?= python3
 GPU_JSON ?= benchmarks/results/gpu.json
-GPU_TESTS ?= $(wildcard tests/test_triton_*.py) tests/test_engine.py tests/test_prefix_serving.py tests/test_mixing.py
+GPU_TESTS ?= $(wildcard tests/test_triton_*.py) $(addprefix tests/test_,decode_graphs.py transfer.py engine.py \
+	prefix_serving.py served_methods.py store_failures.py)
 
 .PHONY: demo test lint check fuzz format train-demo bench bench-peers triton-check gpu-check gpu-bench clean
 

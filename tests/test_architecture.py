@@ -141,6 +141,17 @@ def test_module_imports_without_torch(module):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_an_engine_imports_where_only_its_own_packages_are():
+    """On a machine for computing there is often no web framework and no message queue."""
+    code = (
+        "import sys\n"
+        "for name in ('fastapi', 'uvicorn', 'zmq', 'msgspec', 'prometheus_client', 'openai'):\n"
+        "    sys.modules[name] = None\n"
+        "import loraswarm.llm, loraswarm.engine.setup"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_files_and_functions_are_small():
     wrong = []
     for path in FILES:

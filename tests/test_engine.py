@@ -354,7 +354,6 @@ def test_refused_adapter_says_why_when_asked_for(tmp_path):
         ({"max_model_len": 1000}, "max_model_len is 1,000; this model was made for 256"),
         ({"max_model_len": 256, "pool_bytes": 50_000}, r"holds \d+ tokens"),
         ({"pool_bytes": 10}, "one page of this model takes"),
-        ({"device": "cuda"}, "cuda"),
         ({"max_step_tokens": 3}, "max_step_tokens is 3 but max_num_sequences"),
         ({"adapters": ("/nonexistent/dir",)}, "/nonexistent/dir"),
         ({"model": "/nonexistent/model"}, "no such directory"),

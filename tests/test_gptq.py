@@ -64,22 +64,23 @@ def test_weights_are_those_of_the_formula_bit_for_bit(name: str, tmp_path: Path)
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("num_rows", [1, 7, 133])
-def test_bfloat16_products_are_those_of_the_exact_weights(
-    name: str, num_rows: int, tmp_path: Path
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_products_are_those_of_the_exact_weights(
+    name: str, num_rows: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     layout, overrides = LAYOUTS[name]
     save_quantized(tmp_path, layout, **overrides)
     exact = load(tmp_path / "model", torch.float32)
-    decoder = load(tmp_path / "model", torch.bfloat16)
+    decoder = load(tmp_path / "model", dtype)
     generator = torch.Generator().manual_seed(num_rows)
     for linear, exactly in zip(decoder.layers[1].linears(), exact.layers[1].linears(), strict=True):
         w_OI = exactly.weight.rows
-        x_TI = torch.randn(num_rows, w_OI.shape[1], generator=generator).bfloat16()
+        x_TI = torch.randn(num_rows, w_OI.shape[1], generator=generator).to(dtype)
         expected_TO = x_TI.float() @ w_OI.T
         has_kernel = linear.weight.max_kernel_rows > 0
         for limit in (0, 1000 if has_kernel else 0):
             linear.weight.max_kernel_rows = limit
-            assert_close(linear.weight.multiply(x_TI), expected_TO, torch.bfloat16)
+            assert_close(linear.weight.multiply(x_TI), expected_TO, dtype)
 
 
 @pytest.mark.parametrize("name", ["4 bits, ordered by activation", "8 bits"])

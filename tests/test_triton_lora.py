@@ -27,8 +27,7 @@ from loraswarm.kernels.triton.plan import PlanArena, plans
 from loraswarm.kernels.triton.shrink import shrink_blocks
 from tolerance import TOLERANCE, assert_close
 
-# numpy, which interprets the kernels, tells of every infinity times zero.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+pytestmark = pytest.mark.usefixtures("interpreted_triton")
 
 DEVICE = torch.device(DEVICE_TYPE)
 DTYPES = list(TOLERANCE)
@@ -292,6 +291,16 @@ def test_rows_beyond_the_last_segment_are_left_alone(path):
     padded_result = padded.expanded(KERNELS, padded.shrink(KERNELS))
     assert torch.equal(padded_result[:-3], result)
     assert (padded_result[-3:] == 5).all()
+
+
+def test_only_the_rows_that_a_tile_has_are_read(path):
+    case = make_lora_case(torch.bfloat16, [("adapter4", 3)], out_sizes=(48,))
+    assert int(case.tiles.ranks[0]) == 1
+    a_at = int(case.tiles.a_offset[0])
+    case.pool[:a_at], case.pool[a_at + 37 :] = float("nan"), float("nan")
+    h_QTR = case.shrink(KERNELS)
+    assert not h_QTR.isnan().any()
+    assert (h_QTR[..., 0] != 0).all()
 
 
 def test_columns_that_no_tile_has_are_not_read(path):

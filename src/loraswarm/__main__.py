@@ -43,7 +43,7 @@ Adapters = Annotated[
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="auto (the CPU), cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")]
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Most tokens of prompt and answer together [default: model's]")

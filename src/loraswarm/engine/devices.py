@@ -21,13 +21,13 @@ CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
 
 
 def resolve_device(device: Device) -> torch.device:
-    """The device that is meant; "auto" is CUDA where torch and Triton can use it, else the CPU.
+    """The device that is meant; "auto" is the CPU: what computes on CUDA has yet to be run there.
 
     Raises   ConfigError if "cuda" is asked for and cannot be had.
     """
-    fault = _cuda_fault()
-    if device == "cpu" or (device == "auto" and fault is not None):
+    if device != "cuda":
         return torch.device("cpu")
+    fault = _cuda_fault()
     if fault is not None:
         raise ConfigError(f"device 'cuda' cannot be used: {fault}; use --device cpu")
     return torch.device("cuda", torch.cuda.current_device())

@@ -52,7 +52,8 @@ class CudaRecorder:
         run()  # what is compiled, or allocated for good, is so now
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Adapters are copied by a thread of its own meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = run()
 
         def replay() -> Tensor:

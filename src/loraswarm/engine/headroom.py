@@ -39,7 +39,10 @@ def step_bytes(
     logits_ZV = decoder.forward(batch)
     torch.cuda.synchronize(backend.device)
     peak = torch.cuda.max_memory_allocated(backend.device) - before
-    return peak + SAMPLING_COPIES * logits_ZV.nbytes
+    sampling_bytes = SAMPLING_COPIES * logits_ZV.nbytes
+    del logits_ZV
+    torch.cuda.empty_cache()  # what is free now is free for the pool
+    return peak + sampling_bytes
 
 
 def padding_batch(buffer: PageBuffer, num_tokens: int, num_rows: int) -> Batch:

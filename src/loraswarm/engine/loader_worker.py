@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -47,8 +48,10 @@ from loraswarm.engine.loader_jobs import (
 from loraswarm.errors import AdapterError, EngineError, LoRASwarmError, StoreError
 from loraswarm.memory.geometry import PageGeometry
 from loraswarm.memory.image import AdapterImage, pack_adapter
-from loraswarm.memory.image_file import ImageFiles, image_signature
 from loraswarm.models.quantized.base import open_base
+
+if TYPE_CHECKING:
+    from loraswarm.memory.image_file import ImageFiles
 
 MAX_READS = 3
 log = logging.getLogger(__name__)
@@ -312,6 +315,9 @@ def _host_memory(num_bytes: int) -> np.ndarray:
 def _image_files(spec: WorkerSpec) -> ImageFiles | None:
     if spec.host_cache_dir is None:
         return None
+    # Only here: an engine without such files imports where msgspec is not.
+    from loraswarm.memory.image_file import ImageFiles, image_signature
+
     base = f"{_base_identity(Path(spec.model_path))} {spec.quantize}"
     signature = image_signature(spec.shape, spec.geometry, spec.dtype_name, base)
     return ImageFiles(Path(spec.host_cache_dir), signature, spec.host_cache_bytes)

@@ -46,8 +46,8 @@ RANKS, SCALE = tl.constexpr(words.RANKS), tl.constexpr(words.SCALE)
 TILE_RANKS = tl.constexpr(MAX_TILE_RANKS)
 HIGH_BITS = tl.constexpr(-(1 << 16))
 """Of a float32, those that a bfloat16 has."""
-IS_EMULATED = tl.constexpr(IS_INTERPRETED)
-"""The interpreter multiplies the bits of bfloat16 as integers and rounds to it towards zero."""
+WIDENS_PRODUCTS = tl.constexpr(IS_INTERPRETED)
+"""The interpreter multiplies the bits of bfloat16 as integers, so it is given float32."""
 
 
 class ExpandBlocks(NamedTuple):
@@ -253,7 +253,7 @@ def expand_kernel(
                 g_N = tl.load(float_ptr + g_at + column_N, mask=is_g_N, other=1.0)
                 c_N = tl.load(float_ptr + c_at + column_N, mask=is_c_N, other=0.0)
                 result_TN = g_N[None, :] * result_TN + c_N[None, :]
-            tl.store(y_ptr + y_at_TN, _rounded(result_TN, y_TN), mask=is_y_TN)
+            tl.store(y_ptr + y_at_TN, result_TN.to(y_TN.dtype), mask=is_y_TN)
             piece += tl.num_programs(0)
         piece -= num_pieces
         part += 1
@@ -268,25 +268,15 @@ def _add_product(sum_TN, h_TR, bt_RN, PRECISION: tl.constexpr):
         rest_TR = tl.where(high_TR == h_TR, 0.0, h_TR - high_TR)
         middle_TR = (rest_TR.to(tl.int32, bitcast=True) & HIGH_BITS).to(tl.float32, bitcast=True)
         low_TR = rest_TR - middle_TR
-        if not IS_EMULATED:
+        if WIDENS_PRODUCTS:
+            bt_RN = bt_RN.to(tl.float32)
+        else:
             high_TR = high_TR.to(tl.bfloat16)
             middle_TR = middle_TR.to(tl.bfloat16)
             low_TR = low_TR.to(tl.bfloat16)
-        else:
-            bt_RN = bt_RN.to(tl.float32)
         sum_TN = tl.dot(low_TR, bt_RN, sum_TN, input_precision=PRECISION)
         sum_TN = tl.dot(middle_TR, bt_RN, sum_TN, input_precision=PRECISION)
         sum_TN = tl.dot(high_TR, bt_RN, sum_TN, input_precision=PRECISION)
     else:
         sum_TN = tl.dot(h_TR, bt_RN.to(tl.float32), sum_TN, input_precision=PRECISION)
     return sum_TN
-
-
-@triton.jit
-def _rounded(value_TN, like_TN):
-    """To the nearest number of the dtype of `like`, of two the even one."""
-    if IS_EMULATED and like_TN.dtype == tl.bfloat16:
-        bits_TN = value_TN.to(tl.int32, bitcast=True)
-        bits_TN = (bits_TN + 0x7FFF + ((bits_TN >> 16) & 1)) & HIGH_BITS
-        value_TN = tl.where(value_TN == value_TN, bits_TN.to(tl.float32, bitcast=True), value_TN)
-    return value_TN.to(like_TN.dtype)
