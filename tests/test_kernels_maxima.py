@@ -1,4 +1,4 @@
-"""Maxima of blocks of logits equal torch's, and decode of few rows leaves a core to others."""
+"""Maxima of blocks of logits equal torch's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import torch
 
 from kernel_cases import THREAD_COUNTS, use_all_threads
 from loraswarm.kernels import cpu
-from loraswarm.kernels.cpu import jit, team
-from loraswarm.kernels.cpu.program import programs
+from loraswarm.kernels.cpu import jit
 
 
 def plain(rows_ZV: torch.Tensor, size: int) -> torch.Tensor:
@@ -68,24 +67,3 @@ def test_no_rows_have_no_maxima():
 def test_wrong_arguments_are_named(rows, size, message):
     with pytest.raises(ValueError, match=message):
         cpu.block_maxima(rows, size)
-
-
-@pytest.mark.parametrize(
-    ("count", "num_rows", "expected"),
-    [(4, 1, 3), (4, 2, 3), (4, 3, 4), (4, 0, 4), (3, 1, 3), (1, 1, 1), (16, 1, 15)],
-)
-def test_few_rows_leave_a_core_to_others(count, num_rows, expected, monkeypatch):
-    monkeypatch.setattr(jit.threads, "_count", count)
-    assert jit.threads.most(num_rows) == expected
-
-
-def test_a_recording_of_few_rows_wakes_a_thread_less(monkeypatch):
-    use_all_threads(monkeypatch)
-    monkeypatch.setattr(jit.threads, "_count", 4)
-    woken = []
-    for num_rows in (1, 5, 1):
-        with cpu.recording(num_rows):
-            cpu.silu_multiply(torch.ones(num_rows, 64))
-            programs._begin()
-            woken.append(int(programs._slot.words[team.NUM_WORKERS]))
-    assert woken == [2, 3, 2]

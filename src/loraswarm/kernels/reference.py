@@ -262,10 +262,9 @@ def linear_shrink(
     return y_TO, lora_shrink(x_TI, pool, tiles, first_site, num_parts)
 
 
-def recording(num_rows: int = 0) -> AbstractContextManager[None]:
+def recording() -> AbstractContextManager[None]:
     """Between entering it and leaving it, or `finish`, what kernels return may not yet be computed,
-    and only kernels may read or write it. Most operands have `num_rows` rows, unless it is 0. Here
-    everything is computed at once."""
+    and only kernels may read or write it. Here everything is computed at once."""
     return nullcontext()
 
 

@@ -102,7 +102,7 @@ class Decoder:
         self._unpacked = None
         x_TD = self.embedding.forward(batch)
         rotation = self.rope.rotation(batch.positions)
-        with self._kernels.recording(x_TD.shape[0]):
+        with self._kernels.recording():
             delta_TD = None
             for layer in self.layers:
                 delta_TD = layer.forward_(x_TD, delta_TD, rotation, batch)

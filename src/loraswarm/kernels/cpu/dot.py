@@ -28,6 +28,9 @@ MAX_ROWS = 12
 _LANES = 16
 _VECTORS = PANEL_COLUMNS // _LANES
 _AHEAD_VECTORS = 32  # 2 KiB
+FEW_ROWS = 5
+"""Up to so many rows wait for memory alone, and fetch further ahead."""
+_FAR_AHEAD_VECTORS = 128  # 8 KiB
 CHUNK_PAIRS = 32
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -128,12 +131,13 @@ def _generate_step(builder: Any, operands: Any, index: Any) -> None:
     """One pair of every row with one of every column. Addresses of all rows and little else fit
     the registers, so what is far ahead is fetched elsewhere."""
     weights, rows, places = operands
+    ahead = _FAR_AHEAD_VECTORS if len(rows) <= FEW_ROWS else _AHEAD_VECTORS
     first = builder.mul(index, _I64(_VECTORS))
     columns = []
     for i in range(_VECTORS):
         place = builder.gep(weights, [builder.add(first, _I64(i))])
         columns.append(builder.load(place, align=2))
-        generate_prefetch(builder, builder.gep(place, [_I64(_AHEAD_VECTORS)]), FIRST_CACHE)
+        generate_prefetch(builder, builder.gep(place, [_I64(ahead)]), FIRST_CACHE)
     for row, sums in zip(rows, places, strict=True):
         pair = _broadcast_pair(builder, builder.gep(row, [index]))
         for place, column in zip(sums, columns, strict=True):

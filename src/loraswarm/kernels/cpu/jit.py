@@ -17,8 +17,6 @@ import torch
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 PARALLEL_PRODUCTS = 1 << 16
-FEW_ROWS = 2
-FEW_THREADS = 4
 _PART = {
     "nogil": True,
     "error_model": "numpy",
@@ -61,15 +59,6 @@ class Threads:
     def wake(self, num_products: int) -> int:
         """How many threads to use for so many multiply-adds: no more than it pays to wake."""
         return min(self._count, 1 + num_products // max(PARALLEL_PRODUCTS, 1))
-
-    def most(self, num_rows: int) -> int:
-        """The most threads that gain anything from operations of so many rows; 0: unknown.
-
-        Weights that are read for a row or two keep memory busy, not cores: one is left for what
-        brings the results to those who wait for them.
-        """
-        is_bound_by_memory = 0 < num_rows <= FEW_ROWS and self._count >= FEW_THREADS
-        return self._count - 1 if is_bound_by_memory else self._count
 
     def set_count(self, count: int) -> None:
         """Raises ValueError unless `count` is from 1 to the number of CPUs of this process."""

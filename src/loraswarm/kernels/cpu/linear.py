@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loraswarm.kernels.cpu.dot import (
     CHUNK_PAIRS,
+    FEW_ROWS,
     HAS_DOT,
     MAX_ROWS,
     PANEL_COLUMNS,
@@ -169,8 +170,10 @@ def linear_item(arguments: Any, item: int, scratch: Any, like: Any) -> None:
     panel_elements = num_pairs * 2 * PANEL_COLUMNS
     num_blocks = (end_row - first_row + MAX_ROWS - 1) // MAX_ROWS
     # While a panel is multiplied, the one that this thread probably takes next is fetched: evenly,
-    # so that memory and arithmetic are busy side by side.
+    # so that memory and arithmetic are busy side by side. Few rows read panels in one go instead.
     lines_per_chunk = (LINES_PER_PAIR * CHUNK_PAIRS + num_blocks - 1) // max(num_blocks, 1)
+    if end_row - first_row <= FEW_ROWS:
+        lines_per_chunk = 0
     lines_per_block = lines_per_chunk * ((num_pairs + CHUNK_PAIRS - 1) // CHUNK_PAIRS)
     for panel in range(first_panel, end_panel):
         weights = moved(panels, panel * panel_elements)

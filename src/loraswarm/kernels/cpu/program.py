@@ -73,7 +73,6 @@ class Program(threading.local):
         self._num_products = 0
         self._has_begun = False
         self._depth = 0
-        self._most_threads = threads.max_count
         self._held: list[Any] = []
         self._buffers = Buffers()
         self.last_dtype = torch.float32
@@ -84,19 +83,15 @@ class Program(threading.local):
         return self._depth > 0
 
     @contextmanager
-    def recording(self, num_rows: int = 0) -> Iterator[None]:
-        """Operations of this block are computed when it ends, or when `finish` returns; those of
-        few rows leave a core to others."""
+    def recording(self) -> Iterator[None]:
+        """Operations of this block are computed when it ends, or when `finish` returns."""
         self._depth += 1
-        if self._depth == 1:
-            self._most_threads = threads.most(num_rows)
         try:
             yield
         finally:
             self._depth -= 1
             if self._depth == 0:
                 self.finish()
-                self._most_threads = threads.max_count
 
     def add(
         self,
@@ -185,8 +180,7 @@ class Program(threading.local):
         """Wake the others, once there is enough to do."""
         assert self._slot is not None
         assert self._team is not None
-        num_threads = min(threads.wake(self._num_products), self._most_threads)
-        if not self._has_begun and num_threads > 1:
+        if not self._has_begun and (num_threads := threads.wake(self._num_products)) > 1:
             self._has_begun = True
             self._team.begin(self._slot, num_threads - 1)
 
