@@ -6,7 +6,7 @@ PEERS_JSON ?= benchmarks/results/peers.json
 GPU_PYTHON ?= python3
 GPU_JSON ?= benchmarks/results/gpu.json
 GPU_TESTS ?= $(wildcard tests/test_triton_*.py) $(addprefix tests/test_,decode_graphs.py transfer.py engine.py \
-	prefix_serving.py served_methods.py store_failures.py)
+	prefix_serving.py served_methods.py)
 
 .PHONY: demo test lint check fuzz format train-demo bench bench-peers triton-check gpu-check gpu-bench clean
 
@@ -46,7 +46,7 @@ triton-check: .venv/.dev     ## every test of the kernels for CUDA, in Triton's 
 
 # Where CUDA is, these run with what its Python has: no venv, nothing fetched.
 gpu-check:                   ## tests of kernels, models and engine on a CUDA device
-	LORASWARM_TEST_DEVICE=cuda PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -p no:cacheprovider $(GPU_TESTS)
+	LORASWARM_TEST_DEVICE=cuda PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -W default -p no:cacheprovider $(GPU_TESTS)
 
 gpu-bench:                   ## measure a CUDA device: ceilings, LoRA kernels, steps of an 8B model
 	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu/run.py --json $(GPU_JSON) $(GPU_OPTIONS)

@@ -53,6 +53,6 @@ def served_logits(
         assert sorted(found) == list(range(len(tokens) - 1))
         results[request.request_id] = (
             tokens,
-            torch.stack([found[i] for i in range(len(tokens) - 1)]),
+            torch.stack([found[i] for i in range(len(tokens) - 1)]).cpu(),
         )
     return results

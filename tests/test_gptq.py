@@ -63,8 +63,10 @@ def test_weights_are_those_of_the_formula_bit_for_bit(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("num_rows", [1, 7, 133])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("num_rows", "dtype"),
+    [(1, torch.bfloat16), (7, torch.bfloat16), (133, torch.bfloat16), (7, torch.float16)],
+)
 def test_rounded_products_are_those_of_the_exact_weights(
     name: str, num_rows: int, dtype: torch.dtype, tmp_path: Path
 ) -> None:

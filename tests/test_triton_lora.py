@@ -29,7 +29,7 @@ from tolerance import TOLERANCE, assert_close
 
 pytestmark = pytest.mark.usefixtures("interpreted_triton")
 
-DEVICE = torch.device(DEVICE_TYPE)
+DEVICE = torch.empty(0, device=DEVICE_TYPE).device
 DTYPES = list(TOLERANCE)
 SOME_DTYPES = [torch.float32, torch.bfloat16]
 MIXED = [("adapter0", 9), (None, 4), ("adapter2", 1), ("adapter3", 18), ("adapter4", 2)]

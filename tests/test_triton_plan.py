@@ -28,7 +28,7 @@ from loraswarm.kernels.triton.words import (
     PlanWords,
 )
 
-DEVICE = torch.device(DEVICE_TYPE)
+DEVICE = torch.empty(0, device=DEVICE_TYPE).device
 MIXED = [
     ("adapter0", 70),
     (None, 4),

@@ -1,6 +1,6 @@
 """All measurements of a CUDA device: ceilings, LoRA kernels, and steps of an 8B model.
 
-    python benchmarks/gpu/run.py [--parts ceilings,kernels,decode,prefill] [--json FILE]
+    python benchmarks/gpu/run.py [--parts kernels,decode,prefill] [--json FILE]
 
 Needs about 60 GB of the device's memory, no files and no network. Prints tables; --json keeps every
 figure with the versions and the commit.

@@ -62,8 +62,9 @@ class Machine:
             weight.pack_(triton)
         shape = self.config.shape()
         geometry = page_geometry(shape, DTYPE.itemsize)
-        self.pages_each = -(-(max(CONTEXT, PREFILL_TOKENS) + 1) // geometry.page_tokens)
-        num_kv_pages = max(BATCHES) * self.pages_each
+        self.pages_each = -(-(CONTEXT + 1) // geometry.page_tokens)
+        num_prefill_pages = -(-PREFILL_TOKENS // geometry.page_tokens)
+        num_kv_pages = max(max(BATCHES) * self.pages_each, num_prefill_pages)
         sizes = [shape.site_sizes(site) for site in range(shape.num_linears)]
         sizes += [(0, 0)] * (shape.num_sites() - shape.num_linears)  # nothing there
         first = num_kv_pages * geometry.page_bytes // DTYPE.itemsize
@@ -92,9 +93,10 @@ class Machine:
         starts = np.concatenate(([0], np.cumsum(counts)))
         positions = np.concatenate([np.arange(context - count, context) for count in counts])
         owner = np.repeat(np.arange(num_sequences), counts)
-        pages = owner * self.pages_each + positions // self.page_tokens
-        table = np.arange(num_sequences * self.pages_each).reshape(num_sequences, -1)
         used = -(-context // self.page_tokens)
+        pages_each = max(self.pages_each, used)
+        pages = owner * pages_each + positions // self.page_tokens
+        table = np.arange(num_sequences * pages_each).reshape(num_sequences, -1)
         generator = torch.Generator().manual_seed(0)
         return Batch(
             token_ids=torch.randint(0, self.config.vocab_size, (num_tokens,), generator=generator),
@@ -185,7 +187,7 @@ def measure_prefill(machine: Machine, ceilings: Ceilings) -> list[dict[str, Any]
 def _replay(machine: Machine, host: Batch) -> None:
     logits_ZV = machine.graphs.try_run(host)
     assert logits_ZV is not None, "a decode step was not captured"
-    logits_ZV.argmax(dim=-1)
+    logits_ZV.argmax(dim=-1).tolist()  # as an engine, which needs the tokens
 
 
 @torch.inference_mode()

@@ -12,18 +12,21 @@ import torch
 
 FLUSH_BYTES = 256 << 20
 """Several times the second cache of an H100 or H200."""
+SLEEP_CYCLES = 10_000_000
+"""About 5 ms."""
 
 
 def median_s(run: Callable[[], object], num_runs: int = 20, num_warm: int = 3) -> float:
     """Median of single runs, each between two events, behind a write that empties the cache.
 
-    The write takes longer than the host needs to launch, so launching is not in the time.
+    The device sleeps first, until all of a run is queued: launching is not in the time.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     for _ in range(num_warm):
         run()
     pairs = []
     for _ in range(num_runs):
+        torch.cuda._sleep(SLEEP_CYCLES)
         flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

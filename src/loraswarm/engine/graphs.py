@@ -9,6 +9,7 @@ Legend: B rows of a bucket, Z logit rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from loraswarm.models.batch import Batch
 from loraswarm.models.decoder import Decoder
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+MAX_SIGNATURES = 8
+"""Each keeps the logits of its buckets, hundreds of megabytes at most."""
 Replay = Callable[[], Tensor]
 Signature = tuple[tuple[int, ...], tuple[bool, ...]]
 """By site: the most tiles, in powers of two and the same for a target in every layer, and whether
@@ -46,21 +49,32 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        zero = torch.zeros(1, device=device)
+        # A pool whose last graph is gone cannot be captured into again, so one is kept.
+        self._kept = self._captured(lambda: zero + 1)
 
     def __call__(self, run: Replay) -> Replay:
-        torch.cuda.synchronize(self._device)
-        run()  # what is compiled, or allocated for good, is so now
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        # Adapters are copied by a thread of its own meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = run()
+        graph, result = self._captured(run)
 
         def replay() -> Tensor:
             graph.replay()
             return result
 
         return replay
+
+    def _captured(self, run: Replay) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            run()  # what is compiled, or allocated for good, is so now
+            torch.cuda.synchronize()
+            # By threads: adapters are copied by one of its own meanwhile.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                result = run()
+        return graph, result
 
 
 @dataclass(slots=True)
@@ -83,12 +97,16 @@ class _Graphs:
     def load(self, tiles: TileTable) -> None:
         """Put a table where they read it. Those that cannot be replayed with it are forgotten."""
         if self.arena.load(tiles):
-            self.captured.clear()
-            self._bindings.close()
+            self.close()
 
     def bind(self, tiles: TileTable) -> None:
         """Kernels that are called with this table read what is loaded."""
         self._bindings.enter_context(plans.bind(tiles, self.arena))
+
+    def close(self) -> None:
+        """Forget all graphs."""
+        self.captured.clear()
+        self._bindings.close()
 
 
 class DecodeGraphs:
@@ -106,7 +124,7 @@ class DecodeGraphs:
         self._max_pages = max_pages
         self._page_tokens = page_tokens
         self._buckets = [*(size for size in BUCKETS if size < max_rows), max_rows]
-        self._graphs: dict[Signature | None, _Graphs] = {}
+        self._graphs: OrderedDict[Signature | None, _Graphs] = OrderedDict()
 
     def try_run(self, batch: Batch) -> Tensor | None:
         """Logits [Z, V] of a batch that is still on the host; None if it is no decode step, or does
@@ -118,9 +136,7 @@ class DecodeGraphs:
         if not _is_decode(batch) or num_rows > self._buckets[-1]:
             return None
         signature = None if batch.tiles is None else self._signature(batch.tiles)
-        if signature not in self._graphs:
-            self._graphs[signature] = _Graphs(self._device)
-        graphs = self._graphs[signature]
+        graphs = self._of(signature)
         if batch.tiles is not None:
             graphs.load(batch.tiles)
         bucket = next(size for size in self._buckets if size >= num_rows)
@@ -128,6 +144,15 @@ class DecodeGraphs:
             graphs.captured[bucket] = self._capture(bucket, batch, signature)
         self._fill(graphs.captured[bucket], batch)
         return graphs.captured[bucket].replay()[:num_rows]
+
+    def _of(self, signature: Signature | None) -> _Graphs:
+        """Those of a signature; of the signatures used last a few are kept."""
+        if signature not in self._graphs:
+            if len(self._graphs) == MAX_SIGNATURES:
+                self._graphs.popitem(last=False)[1].close()
+            self._graphs[signature] = _Graphs(self._device)
+        self._graphs.move_to_end(signature)
+        return self._graphs[signature]
 
     def _signature(self, tiles: TileTable) -> Signature:
         num_linears = self._decoder.shape.num_linears

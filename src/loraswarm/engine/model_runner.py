@@ -59,4 +59,9 @@ class ModelRunner:
         logits_ZV = self._graphs.try_run(batch) if self._graphs is not None else None
         if logits_ZV is not None:
             return logits_ZV
-        return self.decoder.forward(batch if device.type == "cpu" else to_device(batch, device))
+        if device.type == "cpu":
+            return self.decoder.forward(batch)
+        logits_ZV = self.decoder.forward(to_device(batch, device))
+        if len(logits_ZV) == 0:  # nobody waits for them, and pages may be given away next
+            torch.cuda.current_stream(device).synchronize()
+        return logits_ZV

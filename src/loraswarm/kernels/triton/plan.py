@@ -200,6 +200,7 @@ class PlanArena:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.plan: ReplayedPlan | None = None
+        self._loaded: TileTable | None = None
 
     def load(self, tiles: TileTable) -> bool:
         """Put a table in place of the last one, on the current stream, without waiting for it.
@@ -208,8 +209,12 @@ class PlanArena:
         addresses have moved, or the table has more tiles at a site than a graph's h has columns
         for, rows that are less aligned, or the first v. Cut for decode, whatever the segments.
 
+        The table that is there already costs nothing; its tensors must not be written meanwhile.
+
         Raises    ValueError if the table is wrong; the last one is then still there.
         """
+        if self.plan is not None and tiles is self._loaded:
+            return False
         arrays = _arrays_of(tiles)
         table = HostTable(arrays, known_extents.of(tiles, arrays), DECODE)
         plan = self.plan
@@ -222,7 +227,7 @@ class PlanArena:
             for section, part in zip(plan.words.sections, filled, strict=True):
                 section[: part.numel()].copy_(part, non_blocking=True)
         plan.replace(table)
-        self.plan = plan
+        self.plan, self._loaded = plan, tiles
         return is_new
 
     def _renewed(self, table: HostTable) -> ReplayedPlan:
