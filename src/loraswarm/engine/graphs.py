@@ -165,7 +165,8 @@ class DecodeGraphs:
         return tuple(ceil_power(count) if count else 0 for count in counts), tuple(has_gains)
 
     def _capture(self, bucket: int, like: Batch, signature: Signature | None) -> _Captured:
-        host = self._padding(bucket)
+        table = torch.zeros(bucket, self._max_pages, dtype=torch.int32)
+        host = (*_padding(bucket), table)
         packed = pack(host, is_pinned=False).to(self._device)
         token_ids, positions, slots, logit_rows, starts, contexts, table = views(packed, host)
         tiles = None
@@ -187,23 +188,11 @@ class DecodeGraphs:
         )
         return _Captured(batch, packed, self._recorder(lambda: self._decoder.forward(batch)))
 
-    def _padding(self, bucket: int) -> tuple[Tensor, ...]:
-        """The host tensors of a batch of padding, in the order of `transfer.host_tensors`."""
-        return (
-            torch.zeros(bucket, dtype=torch.int64),
-            torch.zeros(bucket, dtype=torch.int64),
-            torch.full((bucket,), -1, dtype=torch.int64),
-            torch.arange(bucket),
-            torch.arange(bucket + 1, dtype=torch.int32),
-            torch.zeros(bucket, dtype=torch.int32),
-            torch.zeros(bucket, self._max_pages, dtype=torch.int32),
-        )
-
     def _fill(self, captured: _Captured, batch: Batch) -> None:
         """Copy a step's tensors to where the graph reads them."""
         num_rows, bucket = len(batch.token_ids), len(captured.batch.token_ids)
         *small, table = host_tensors(batch)
-        padded = self._padding(bucket)[:-1]
+        padded = _padding(bucket)
         for padding, tensor in zip(padded, small, strict=True):
             padding[: len(tensor)] = tensor
         is_cuda = captured.packed.is_cuda
@@ -211,6 +200,19 @@ class DecodeGraphs:
         captured.packed[: source.numel()].copy_(source, non_blocking=True)
         wide = captured.batch.attention.page_table[:num_rows, : table.shape[1]]
         wide.copy_(table.pin_memory() if is_cuda else table, non_blocking=True)
+
+
+def _padding(bucket: int) -> tuple[Tensor, ...]:
+    """The host tensors of a batch of padding, in the order of `transfer.host_tensors`, without the
+    page table."""
+    return (
+        torch.zeros(bucket, dtype=torch.int64),
+        torch.zeros(bucket, dtype=torch.int64),
+        torch.full((bucket,), -1, dtype=torch.int64),
+        torch.arange(bucket),
+        torch.arange(bucket + 1, dtype=torch.int32),
+        torch.zeros(bucket, dtype=torch.int32),
+    )
 
 
 def _is_decode(batch: Batch) -> bool:

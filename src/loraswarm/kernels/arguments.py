@@ -37,6 +37,7 @@ def check_add_rms_norm(
             "weight_D must be contiguous, [D] of x_TD's dtype",
         )
     if rows_Z is not None:
+        check_row_numbers(rows_Z)
         _check_rows(rows_Z, shape[0])
 
 
@@ -57,11 +58,15 @@ def check_rows_of_floats(rows_ZV: Tensor, size: int) -> None:
     require(size >= 1, f"size is {size}; a block has at least one element")
 
 
-def _check_rows(rows_Z: Tensor, num_tokens: int) -> None:
+def check_row_numbers(rows_Z: Tensor) -> None:
+    """Raise ValueError unless it may hold numbers of rows; does not look at them."""
     require(
         rows_Z.dim() == 1 and rows_Z.dtype == torch.int64 and rows_Z.is_contiguous(),
         "rows_Z must be a contiguous [Z] tensor of int64",
     )
+
+
+def _check_rows(rows_Z: Tensor, num_tokens: int) -> None:
     rows = rows_Z.tolist()
     require(
         all(low < high for low, high in pairwise([-1, *rows, num_tokens])),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraswarm.kernels.arguments import check_add_rms_norm, require
+from loraswarm.kernels.arguments import check_add_rms_norm, check_row_numbers
 from loraswarm.kernels.triton.launch import ceil_power, check_device, on_device
 from loraswarm.kernels.triton.rows import check_elements
 
@@ -56,10 +56,7 @@ def add_rms_norm_(
     check_add_rms_norm(x_TD, delta_TD, weight_D, None)
     check_elements("x_TD", x_TD)
     if rows_Z is not None:
-        require(
-            rows_Z.dim() == 1 and rows_Z.dtype == torch.int64 and rows_Z.is_contiguous(),
-            "rows_Z must be a contiguous [Z] tensor of int64",
-        )
+        check_row_numbers(rows_Z)
     check_device(x_TD=x_TD, delta_TD=delta_TD, weight_D=weight_D, rows_Z=rows_Z)
     num_rows = x_TD.shape[0] if rows_Z is None else rows_Z.shape[0]
     out_ZD = torch.empty(num_rows, x_TD.shape[1], dtype=x_TD.dtype, device=x_TD.device)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from loraswarm.kernels import AttentionWork, TileTable
+from loraswarm.kernels import MAX_TILE_RANKS, AttentionWork
+from loraswarm.kernels.one_tile import one_tile
 from loraswarm.kernels.triton.attention import paged_attention
 from loraswarm.kernels.triton.launch import DEVICE_TYPE
 from loraswarm.kernels.triton.lora import lora_expand_, lora_shrink
@@ -27,8 +28,8 @@ def warm_up(dtype_name: str, report: Callable[[str], None]) -> None:
     dtype, device = getattr(torch, dtype_name), torch.device(DEVICE_TYPE)
     report(f"lora_shrink {dtype_name}")
     x_TI = torch.ones(1, WIDTH, dtype=dtype, device=device)
-    pool = torch.ones(2 * 16 * WIDTH, dtype=dtype, device=device)
-    tiles = _one_tile()
+    pool = torch.ones(2 * MAX_TILE_RANKS * WIDTH, dtype=dtype, device=device)
+    tiles = one_tile(WIDTH)
     h_QTR = lora_shrink(x_TI, pool, tiles, 0, 1)
     report(f"lora_expand_ {dtype_name}")
     lora_expand_(x_TI.clone(), h_QTR, pool, tiles, 0, (0, WIDTH))
@@ -46,25 +47,6 @@ def warm_up(dtype_name: str, report: Callable[[str], None]) -> None:
             1.0,
             None,
         )
-
-
-def _one_tile() -> TileTable:
-    """One segment of one token with one tile of 16 ranks."""
-    return TileTable(
-        segments=torch.tensor([0, 1], dtype=torch.int32),
-        ranges=torch.tensor([[[0, 1]]], dtype=torch.int32),
-        a_offset=torch.tensor([0]),
-        bt_offset=torch.tensor([16 * WIDTH]),
-        a_stride=torch.tensor([WIDTH]),
-        bt_stride=torch.tensor([WIDTH]),
-        ranks=torch.tensor([16], dtype=torch.int32),
-        scale=torch.tensor([1.0]),
-        u_offset=torch.tensor([-1]),
-        v_offset=torch.tensor([-1]),
-        gain_offset=torch.full((1, 1, 2), -1),
-        max_tiles=(1,),
-        has_gains=(False,),
-    )
 
 
 def _one_sequence(num_tokens: int, device: torch.device) -> AttentionWork:
