@@ -9,7 +9,6 @@ import os
 import re
 import struct
 import tarfile
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 import yaml
 
 from adapter_factory import CONFIG_FILE, SMALL_SHAPE, WEIGHTS_FILE, save_random_adapter
+from counted_work import at_most_calls
 from loraswarm.adapters.bounded_yaml import MAX_YAML_BYTES, read_yaml
 from loraswarm.adapters.config_keys import ConfigKeys
 from loraswarm.adapters.describing import scan_now
@@ -28,7 +28,7 @@ from loraswarm.core.base_shape import TARGETS, BaseShape
 from loraswarm.errors import AdapterError
 from nemo_factory import Layout, nemo_config, write_tar
 
-LIMIT_S = 1.0
+LIMIT_CALLS = 1_000_000
 LIMIT_BYTES = 64 * 2**20
 PICKLE_FILE = "adapter_model.bin"
 NEMO_FILE = "a.nemo"
@@ -46,10 +46,9 @@ def refusal(path: Path, shape: BaseShape = SMALL_SHAPE) -> str:
 
 
 def check_is_cheap(path: Path) -> str:
-    """`refusal` within LIMIT_S, then within LIMIT_BYTES (which takes longer to measure)."""
-    start_s = time.perf_counter()
-    text = refusal(path)
-    assert time.perf_counter() - start_s < LIMIT_S
+    """`refusal` within LIMIT_CALLS, then within LIMIT_BYTES."""
+    with at_most_calls(LIMIT_CALLS):
+        text = refusal(path)
     tracemalloc.start()
     try:
         assert refusal(path) == text
@@ -194,14 +193,11 @@ def test_expressions_that_people_use_are_not(expression):
     assert num_ways(expression) <= MAX_WAYS
 
 
-def test_the_costliest_expression_that_is_let_through_is_fast(tmp_path):
+def test_the_costliest_expression_that_is_let_through_ends(tmp_path):
     """Four unbounded repeats in a row, each of which must be tried at each character."""
     expression = ".*.*.*.*!"
     assert num_ways(expression) <= MAX_WAYS
-    start_s = time.perf_counter()
-    for _ in range(10):
-        assert not re.fullmatch(expression, "model.layers.1000.self_attn.down_proj")
-    assert time.perf_counter() - start_s < LIMIT_S
+    assert not re.fullmatch(expression, "model.layers.1000.self_attn.down_proj")
 
 
 def place_fifo(path: Path) -> None:
