@@ -217,9 +217,7 @@ def place_loop(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, NEMO_FILE])
-@pytest.mark.parametrize(
-    "place", [place_fifo, place_endless_device, place_directory, place_loop], ids=str
-)
+@pytest.mark.parametrize("place", [place_fifo, place_endless_device, place_directory, place_loop])
 def test_what_is_no_regular_file_is_never_waited_for(
     tmp_path, name: str, place: Callable[[Path], None]
 ):
