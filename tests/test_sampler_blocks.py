@@ -162,8 +162,9 @@ def test_float32_sums_of_blocks_do_not_decide_a_draw_at_an_edge():
 
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
-def test_the_best_token_is_the_first_of_the_likeliest(vocab_size):
-    rows = logits(33, vocab_size, 0.01)
+@pytest.mark.parametrize("num_rows", [1, 2, 33])
+def test_the_best_token_is_the_first_of_the_likeliest(vocab_size, num_rows):
+    rows = logits(num_rows, vocab_size, 0.01)
     best, token = best_tokens(rows)
     assert torch.equal(best, rows.amax(dim=-1))
     assert token.tolist() == [(row == row.max()).nonzero()[0, 0].item() for row in rows]
@@ -177,6 +178,9 @@ def test_nan_is_better_than_any_number(place):
     best, token = best_tokens(rows)
     assert best.isnan().tolist() == [False, True, False]
     assert token.tolist() == [0, place, 0]
+    best, token = best_tokens(rows[1:2])
+    assert best.isnan().tolist() == [True]
+    assert token.tolist() == [place]
 
 
 def test_rows_adjusted_together_equal_each_alone():

@@ -7,12 +7,14 @@ Legend: Z rows, V vocabulary, N blocks, B tokens of a block, K tokens of some bl
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from loraswarm.kernels import cpu
 
 BLOCK_TOKENS = 128
+WITHIN_BLOCK = np.arange(BLOCK_TOKENS)
 SUM_ERROR = BLOCK_TOKENS * 2.0**-24
 """How far float32 sums of a block may be off, as a share of all, whichever way they are added."""
 
@@ -31,11 +33,15 @@ def best_tokens(rows_ZV: Tensor) -> tuple[Tensor, Tensor]:
 
         return best_on_device(rows_ZV)
     # NumPy's argmax takes the first of equal ones and of NaN, and asks no other thread.
-    block_Z = block_maxima(rows_ZV).numpy().argmax(axis=1)
-    token_ZB, is_inside_ZB = block_tokens(torch.from_numpy(block_Z)[:, None], rows_ZV.shape[1])
-    value_ZB = rows_ZV.gather(1, token_ZB).masked_fill_(~is_inside_ZB, float("-inf"))
-    first_Z1 = torch.from_numpy(value_ZB.numpy().argmax(axis=1))[:, None]
-    return value_ZB.gather(1, first_Z1)[:, 0], token_ZB.gather(1, first_Z1)[:, 0]
+    rows, row_Z1 = rows_ZV.numpy(), np.arange(len(rows_ZV))[:, None]
+    if len(rows) == 1:
+        token_Z = rows.argmax(axis=1)
+    else:
+        block_Z1 = block_maxima(rows_ZV).numpy().argmax(axis=1)[:, None]
+        # Beyond the end stands the last token again, which is not the first of equal ones there.
+        token_ZB = np.minimum(block_Z1 * BLOCK_TOKENS + WITHIN_BLOCK, rows.shape[1] - 1)
+        token_Z = token_ZB[row_Z1[:, 0], rows[row_Z1, token_ZB].argmax(axis=1)]
+    return torch.from_numpy(rows[row_Z1[:, 0], token_Z]), torch.from_numpy(token_Z)
 
 
 def block_tokens(block_ZN: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ Legend: Z rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from math import isfinite
 
 import numpy as np
 import torch
@@ -43,11 +44,12 @@ def sample(logits_ZV: Tensor, sequences: Seq[Sequence]) -> list[int]:
     Shapes   logits [Z, V] float32, changed in place.
     """
     best_Z, token_Z = best_tokens(logits_ZV)
-    is_finite_Z = best_Z.isfinite()
+    allowed_Z = best_Z
     adjusted = adjust_rows_(logits_ZV, sequences)
     if adjusted:
         rows_ZV = logits_ZV if len(adjusted) == len(sequences) else logits_ZV[adjusted]
-        best_Z[adjusted], token_Z[adjusted] = best_tokens(rows_ZV)
+        allowed_Z = best_Z.clone()
+        allowed_Z[adjusted], token_Z[adjusted] = best_tokens(rows_ZV)
     drawn = [row for row, sequence in enumerate(sequences) if not _is_greedy(sequence)]
     if drawn:
         params = [sequences[row].request.params for row in drawn]
@@ -59,9 +61,14 @@ def sample(logits_ZV: Tensor, sequences: Seq[Sequence]) -> list[int]:
             dtype=torch.float64,
         )
         token_Z[drawn] = draw(rows_ZV, uniform_Z)
-    token_Z.masked_fill_(~best_Z.isfinite(), NONE_ALLOWED)
-    token_Z.masked_fill_(~is_finite_Z, NOT_FINITE)
-    return token_Z.tolist()
+    found = zip(token_Z.tolist(), best_Z.tolist(), allowed_Z.tolist(), strict=True)
+    return [_token_or_failure(*row) for row in found]
+
+
+def _token_or_failure(token: int, best: float, best_allowed: float) -> int:
+    if not isfinite(best):
+        return NOT_FINITE
+    return token if isfinite(best_allowed) else NONE_ALLOWED
 
 
 def uniform(seed: int, position: int) -> float:
