@@ -3,6 +3,7 @@ refused by name."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapter_factory import CONFIG_FILE, WEIGHTS_FILE, save_random_adapter, write_adapter
 from engine_factory import make_engine, mixed_requests, run_tokens
+from loraswarm.commands.adapters import CheckOptions, check
 from loraswarm.errors import ConfigError
 from loraswarm.kernels import reference
 from loraswarm.models.decoder import Decoder
@@ -96,6 +99,27 @@ def test_the_engine_generates_what_it_does_from_floats(name: str, tmp_path: Path
     floats = make_engine(tmp_path, **(options | {"model": str(tmp_path / "floats")}))
     assert tokens == run_tokens(floats, requests)
     assert quantized.info.weight_bytes < floats.info.weight_bytes
+
+
+def test_adapters_are_checked_against_a_checkpoint_of_integers_as_they_are_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DoRA needs the base's rows; what the integers mean is known to the check, too."""
+    save_quantized(tmp_path, LAYOUTS["8 bits"][0], **LAYOUTS["8 bits"][1])
+    shape = decoder_config(read_config(tmp_path / "floats")).shape()
+    adapter = tmp_path / "adapters" / "dora"
+    save_random_adapter(adapter, shape, targets=["q_proj"])
+    tensors = load_file(adapter / WEIGHTS_FILE)
+    for name in [name for name in tensors if "lora_B" in name]:
+        magnitude = name.replace("lora_B.weight", "lora_magnitude_vector")
+        tensors[magnitude] = torch.ones(len(tensors[name]))
+    config = json.loads((adapter / CONFIG_FILE).read_text())
+    write_adapter(adapter, config | {"use_dora": True}, tensors)
+    assert check([str(adapter)], CheckOptions(model=str(tmp_path / "model")), is_json=True) == 0
+    assert json.loads(capsys.readouterr().out)[0]["verdict"] == "ok"
+    change_quantization(tmp_path, quant_method="aqlm")
+    with pytest.raises(ConfigError, match="quant_method of 'gptq' or 'awq'"):
+        check([str(adapter)], CheckOptions(model=str(tmp_path / "model")), is_json=True)
 
 
 REFUSED_KEYS: list[tuple[dict[str, Any], str]] = [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -19,12 +19,13 @@ from loraswarm.core.base_shape import BaseShape
 from loraswarm.errors import ConfigError
 from loraswarm.models import config_keys
 from loraswarm.models.families import decoder_config
+from loraswarm.models.quantization import quantization_of, without_quantization
 from loraswarm.models.source import read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loraswarm.models.checkpoint_base import CheckpointBase
+    from loraswarm.models.quantized.base import OpenBase
 
 UNKNOWN_DTYPE = "bfloat16"
 
@@ -41,8 +42,7 @@ class CheckedBase:
 
     def __init__(self, shape: BaseShape, dtype_name: str, path: Path | None) -> None:
         self._shape = shape
-        self._files = ExitStack()
-        self._checkpoint: CheckpointBase | None = None
+        self._open: OpenBase | None = None
         self.dtype_name = dtype_name
         self.path = path
 
@@ -54,9 +54,10 @@ class CheckedBase:
         """
         with _errors_of_the_base():
             config = read_config(path)
+        quantization_of(config, None)  # refuses what is not served
         if dtype_name == "auto":
             dtype_name = config_keys.ConfigKeys(config).dtype_name() or UNKNOWN_DTYPE
-        return cls(decoder_config(config).shape(), dtype_name, path)
+        return cls(decoder_config(without_quantization(config)).shape(), dtype_name, path)
 
     @classmethod
     def of_adapter(cls, source: AdapterSource, dtype_name: str) -> Self | None:
@@ -81,7 +82,8 @@ class CheckedBase:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._files.close()
+        if self._open is not None:
+            self._open.close()
 
     @property
     def shape(self) -> BaseShape:
@@ -97,16 +99,18 @@ class CheckedBase:
         with _errors_of_the_base():
             return self._opened().bias(path)
 
-    def _opened(self) -> CheckpointBase:
+    def _opened(self) -> OpenBase:
         # Imported here: headers are checked without torch.
-        from loraswarm.models.checkpoint_base import CheckpointBase
+        import torch
+
+        from loraswarm.models.quantized.base import open_base
 
         if self.path is None:
             raise WeightsNotAtHand
-        if self._checkpoint is None:
-            opened = CheckpointBase(self.path, self._shape)
-            self._checkpoint = self._files.enter_context(opened)
-        return self._checkpoint
+        if self._open is None:
+            dtype = getattr(torch, self.dtype_name)
+            self._open = open_base(self.path, self._shape, dtype, None)
+        return self._open
 
 
 @contextmanager
