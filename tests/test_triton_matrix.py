@@ -1,8 +1,8 @@
-"""Shrink and expand of Triton equal the reference for every type, width, rank, batch and popularity.
+"""Shrink and expand equal the reference for every type, width, rank, batch and popularity.
 
-A device runs all of it; the interpreter one batch of each type, width and rank, of bounded work. The
-weights of a type and width are made once: adapters are windows, shifted against each other, of the
-same rows.
+A device runs all of it; the interpreter one batch of each type, width and rank, of bounded work.
+The weights of a type and width are made once: adapters are windows, shifted against each other, of
+the same rows.
 Legend: I in features, O out features, R ranks, N rows of all windows.
 
     rows of A      | 0 | 1 | 2 | 3 | 4 | ...        each I long, then NaN up to the next
@@ -254,7 +254,7 @@ def test_every_batch_and_popularity_equals_reference(dtype, width, rank):
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("rank", (3, 16, 33, 128))
+@pytest.mark.parametrize("rank", [3, 16, 33, 128])
 @pytest.mark.parametrize("width", SOME_WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_batches_cut_for_prefill_equal_reference(dtype, width, rank, monkeypatch):
