@@ -205,3 +205,14 @@ def test_what_is_no_plain_decode_step_is_left_to_others(decoder, graphs, recorde
         assert graphs.try_run(batch) is None
     assert recorder.count == 0
     assert graphs.try_run(decode) is not None
+
+
+def test_steps_of_all_sizes_write_their_logits_to_one_place(decoder, graphs):
+    swarm = Swarm(decoder, 6)
+    places = set()
+    for adapters in ([None], [None] * 3, ["a1"], ["a0", "a1", "a2", None, None]):
+        logits_ZV = graphs.try_run(swarm.decode(adapters))
+        places.add((logits_ZV.data_ptr(), logits_ZV.dtype))
+        assert logits_ZV.shape == (len(adapters), VOCAB_SIZE)
+    assert places == {(graphs._logits_BV.data_ptr(), torch.float32)}
+    assert graphs._logits_BV.shape == (MAX_ROWS, VOCAB_SIZE)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from loraswarm.core.base_shape import TARGETS
+from loraswarm.engine.buckets import buckets_of
 from loraswarm.engine.transfer import host_tensors, pack, views
 from loraswarm.kernels import AttentionWork, TileTable
 from loraswarm.kernels.triton.launch import ceil_power
@@ -26,9 +27,8 @@ from loraswarm.kernels.triton.plan import PlanArena, plans
 from loraswarm.models.batch import Batch
 from loraswarm.models.decoder import Decoder
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MAX_SIGNATURES = 8
-"""Each keeps the logits of its buckets, hundreds of megabytes at most."""
+"""Each keeps the graphs of its buckets, some megabytes each (headroom.GRAPH_BYTES)."""
 Replay = Callable[[], Tensor]
 Signature = tuple[tuple[int, ...], tuple[bool, ...]]
 """By site: the most tiles, in powers of two and the same for a target in every layer, and whether
@@ -123,7 +123,11 @@ class DecodeGraphs:
         self._recorder = recorder
         self._max_pages = max_pages
         self._page_tokens = page_tokens
-        self._buckets = [*(size for size in BUCKETS if size < max_rows), max_rows]
+        self._buckets = buckets_of(max_rows)
+        # Of all graphs: what one of them would keep for itself is free again for the others.
+        self._logits_BV = torch.empty(
+            max_rows, decoder.config.vocab_size, dtype=torch.float32, device=self._device
+        )
         self._graphs: OrderedDict[Signature | None, _Graphs] = OrderedDict()
 
     def try_run(self, batch: Batch) -> Tensor | None:
@@ -186,7 +190,9 @@ class DecodeGraphs:
             tiles=tiles,
             head_tiles=tiles,
         )
-        return _Captured(batch, packed, self._recorder(lambda: self._decoder.forward(batch)))
+        logits_BV = self._logits_BV[:bucket]
+        replay = self._recorder(lambda: logits_BV.copy_(self._decoder.forward(batch)))
+        return _Captured(batch, packed, replay)
 
     def _fill(self, captured: _Captured, batch: Batch) -> None:
         """Copy a step's tensors to where the graph reads them."""

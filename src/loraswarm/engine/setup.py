@@ -31,7 +31,7 @@ from loraswarm.engine.devices import (
     set_threads,
 )
 from loraswarm.engine.engine import Engine, EngineParts
-from loraswarm.engine.headroom import step_bytes
+from loraswarm.engine.headroom import graph_bytes, step_bytes
 from loraswarm.engine.loader import Loader, ThreadLoader
 from loraswarm.engine.loader_jobs import JobFailed, ScanDone, ScanJob
 from loraswarm.engine.loader_process import ProcessLoader
@@ -316,6 +316,7 @@ def _size_pool(
         sizes = config.max_step_tokens, config.max_num_sequences
         try:
             num_bytes = step_bytes(decoder, backend, geometry, *sizes)
+            num_bytes += graph_bytes(decoder, backend, geometry, config.max_num_sequences)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"a step of {config.max_step_tokens} tokens does not fit beside the weights:"
