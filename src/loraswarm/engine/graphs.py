@@ -9,6 +9,7 @@ Legend: B rows of a bucket, Z logit rows, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,10 +21,12 @@ from torch import Tensor
 
 from loraswarm.core.base_shape import TARGETS
 from loraswarm.engine.buckets import buckets_of
+from loraswarm.engine.headroom import padding_batch
 from loraswarm.engine.transfer import host_tensors, pack, views
 from loraswarm.kernels import AttentionWork, TileTable
 from loraswarm.kernels.triton.launch import ceil_power
 from loraswarm.kernels.triton.plan import PlanArena, plans
+from loraswarm.memory.page_buffer import PageBuffer
 from loraswarm.models.batch import Batch
 from loraswarm.models.decoder import Decoder
 
@@ -149,11 +152,27 @@ class DecodeGraphs:
         self._fill(graphs.captured[bucket], batch)
         return graphs.captured[bucket].replay()[:num_rows]
 
+    @torch.inference_mode()
+    def capture_base(self, buffer: PageBuffer, report: Callable[[str], None]) -> None:
+        """Capture the steps of all sizes in which no adapter runs, over the pages of `buffer`;
+        `report` gets one line.
+
+        The largest comes first: smaller ones then find what memory they need.
+        """
+        begin_s = time.monotonic()
+        like, graphs = padding_batch(buffer, 1, 1), self._of(None)
+        for bucket in reversed(self._buckets):
+            if bucket not in graphs.captured:
+                graphs.captured[bucket] = self._capture(bucket, like, None)
+        rows = ",".join(map(str, self._buckets))
+        report(f"captured base decode steps rows={rows} seconds={time.monotonic() - begin_s:.1f}")
+
     def _of(self, signature: Signature | None) -> _Graphs:
-        """Those of a signature; of the signatures used last a few are kept."""
+        """Those of a signature; of the signatures used last a few are kept, and the base's."""
         if signature not in self._graphs:
             if len(self._graphs) == MAX_SIGNATURES:
-                self._graphs.popitem(last=False)[1].close()
+                oldest = next(each for each in self._graphs if each is not None)
+                self._graphs.pop(oldest).close()
             self._graphs[signature] = _Graphs(self._device)
         self._graphs.move_to_end(signature)
         return self._graphs[signature]
