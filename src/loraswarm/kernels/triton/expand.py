@@ -1,7 +1,7 @@
 """y = g * (y + sum of v * ((scale * u * h) Bt)) + c: each block of y is read and written once.
 
 Programs take pieces of work from the plan's list of items: all tiles and gains of a segment at one
-site, for its tokens and some columns of y. Called by lora; fused_linear has the products and arguments.
+site, for its tokens and some columns of y. Called by lora; fused_linear uses parts of it.
 Legend: T tokens, N columns of y, R ranks of some tiles, Q parts of a fused linear.
 
     products with h, a float32, keep its accuracy:

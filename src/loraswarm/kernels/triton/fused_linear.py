@@ -259,7 +259,7 @@ def _add_tiles(
     HAS_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sum + v * ((scale * u * h) Bt) of an item's tiles, in its rows; what others get is no matter."""
+    """sum + v * ((scale * u * h) Bt) of an item's tiles, in its rows; others get anything."""
     rank_R = tl.arange(0, TILE_RANKS)
     tile = 0
     while tile < num_tiles:
