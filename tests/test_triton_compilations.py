@@ -41,7 +41,7 @@ from model_factory import VOCAB_SIZE, save_tiny_model
 from tile_factory import SiteWeights
 
 H100 = GPUTarget("cuda", 90, 32)
-NUM_BATCHES = 150 if IS_INTERPRETED else 60
+NUM_BATCHES = 100 if IS_INTERPRETED else 60
 
 
 class Compilations:
