@@ -14,7 +14,7 @@ if os.environ.get("LORASWARM_TEST_DEVICE", "cpu") == "cpu":
 
 import pytest
 
-SLICES = 8
+SLICES = 16
 """Of the cases of a test that interprets Triton's kernels one in so many is run."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -205,3 +206,38 @@ def test_what_is_no_plain_decode_step_is_left_to_others(decoder, graphs, recorde
         assert graphs.try_run(batch) is None
     assert recorder.count == 0
     assert graphs.try_run(decode) is not None
+
+
+def test_steps_of_all_sizes_write_their_logits_to_one_place(decoder, graphs):
+    swarm = Swarm(decoder, 3)
+    places = set()
+    for adapters in ([None], [None] * 3, ["a1"], ["a3", None, None]):
+        logits_ZV = graphs.try_run(swarm.decode(adapters))
+        places.add((logits_ZV.data_ptr(), logits_ZV.dtype))
+        assert logits_ZV.shape == (len(adapters), VOCAB_SIZE)
+    assert places == {(graphs._logits_BV.data_ptr(), torch.float32)}
+    assert graphs._logits_BV.shape == (MAX_ROWS, VOCAB_SIZE)
+
+
+def test_steps_of_the_base_can_all_be_captured_before_the_first(decoder, graphs, recorder):
+    swarm, lines = Swarm(decoder, 3), []
+    buffer = SimpleNamespace(pages=swarm.pages, pool=swarm.pages.view(-1))
+    before = swarm.pages.clone().cpu().view(torch.int32)
+    graphs.capture_base(buffer, lines.append)
+    assert recorder.count == len(graphs._buckets)
+    assert len(lines) == 1
+    assert f"rows={','.join(map(str, graphs._buckets))}" in lines[0]
+    assert torch.equal(swarm.pages.cpu().view(torch.int32), before)
+    for adapters, num_more in (([None], 0), ([None] * 3, 0), (["a1"], 1)):
+        batch = swarm.decode(adapters)
+        assert_close(replayed(graphs, batch), swarm.run(batch), torch.float32)
+        assert recorder.count == len(graphs._buckets) + num_more
+
+
+def test_graphs_of_the_base_are_never_forgotten(decoder, graphs, recorder, monkeypatch):
+    monkeypatch.setattr(engine_graphs, "MAX_SIGNATURES", 2)
+    swarm = Swarm(decoder, 1)
+    for adapter, count in ((None, 1), ("a1", 2), ("a3", 3), (None, 3)):
+        batch = swarm.decode([adapter])
+        assert_close(replayed(graphs, batch), swarm.run(batch), torch.float32)
+        assert recorder.count == count

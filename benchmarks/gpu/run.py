@@ -1,6 +1,6 @@
 """All measurements of a CUDA device: ceilings, LoRA kernels, and steps of an 8B model.
 
-    python benchmarks/gpu/run.py [--parts kernels,decode,prefill] [--json FILE]
+    python benchmarks/gpu/run.py [--parts kernels,linears,decode,prefill] [--json FILE]
 
 Needs about 60 GB of the device's memory, no files and no network. Prints tables; --json keeps every
 figure with the versions and the commit.
@@ -21,12 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from ceilings import Ceilings, measure_ceilings
 from lora_kernels import measure_kernels
+from prefill_linears import measure_prefill_linears
 from steps import Machine, measure_decode, measure_prefill
 
 from document import json_path, write_document
 from loraswarm.models.config import DecoderConfig
 
-PARTS = ("kernels", "decode", "prefill")
+PARTS = ("kernels", "linears", "decode", "prefill")
 LLAMA_3_8B = DecoderConfig(
     vocab_size=128_256,
     hidden_size=4096,
@@ -74,6 +75,9 @@ def _measure(
     if "kernels" in parts:
         found["kernels"] = measure_kernels(ceilings, device)
         _show("LoRA kernels, 4096 to 4096", found["kernels"], begin_s)
+    if "linears" in parts:
+        found["linears"] = measure_prefill_linears(ceilings, device)
+        _show("linears of a prefill chunk", found["linears"], begin_s)
     if "decode" in parts or "prefill" in parts:
         machine = Machine(device, LLAMA_3_8B)
         for part, measure in (("decode", measure_decode), ("prefill", measure_prefill)):

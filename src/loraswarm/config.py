@@ -37,6 +37,8 @@ class EngineConfig:
     cached prefix leaves first: by what it would cost to miss it, or the least recently used.
     `cost_model` is a file of `loraswarm bench calibrate`, to judge costs by before any are seen.
     `quantize` keeps the base's matrices as integers (see models/quantization); None: as floats.
+    With `capture_at_start` a CUDA device's decode steps without adapters are captured as graphs
+    before the first request; else each by the first step of its size.
     """
 
     model: str
@@ -58,6 +60,7 @@ class EngineConfig:
     eviction: Eviction = "cost"
     cost_model: str | None = None
     quantize: Quantize | None = None
+    capture_at_start: bool = True
 
     def __post_init__(self) -> None:
         _require_choice("dtype", self.dtype, DTYPES)

@@ -9,6 +9,7 @@ Legend: B rows of a bucket, Z logit rows, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,16 +20,18 @@ import torch
 from torch import Tensor
 
 from loraswarm.core.base_shape import TARGETS
+from loraswarm.engine.buckets import buckets_of
+from loraswarm.engine.headroom import padding_batch
 from loraswarm.engine.transfer import host_tensors, pack, views
 from loraswarm.kernels import AttentionWork, TileTable
 from loraswarm.kernels.triton.launch import ceil_power
 from loraswarm.kernels.triton.plan import PlanArena, plans
+from loraswarm.memory.page_buffer import PageBuffer
 from loraswarm.models.batch import Batch
 from loraswarm.models.decoder import Decoder
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MAX_SIGNATURES = 8
-"""Each keeps the logits of its buckets, hundreds of megabytes at most."""
+"""Each keeps the graphs of its buckets, some megabytes each (headroom.GRAPH_BYTES)."""
 Replay = Callable[[], Tensor]
 Signature = tuple[tuple[int, ...], tuple[bool, ...]]
 """By site: the most tiles, in powers of two and the same for a target in every layer, and whether
@@ -123,7 +126,11 @@ class DecodeGraphs:
         self._recorder = recorder
         self._max_pages = max_pages
         self._page_tokens = page_tokens
-        self._buckets = [*(size for size in BUCKETS if size < max_rows), max_rows]
+        self._buckets = buckets_of(max_rows)
+        # Of all graphs: what one of them would keep for itself is free again for the others.
+        self._logits_BV = torch.empty(
+            max_rows, decoder.config.vocab_size, dtype=torch.float32, device=self._device
+        )
         self._graphs: OrderedDict[Signature | None, _Graphs] = OrderedDict()
 
     def try_run(self, batch: Batch) -> Tensor | None:
@@ -145,11 +152,27 @@ class DecodeGraphs:
         self._fill(graphs.captured[bucket], batch)
         return graphs.captured[bucket].replay()[:num_rows]
 
+    @torch.inference_mode()
+    def capture_base(self, buffer: PageBuffer, report: Callable[[str], None]) -> None:
+        """Capture the steps of all sizes in which no adapter runs, over the pages of `buffer`;
+        `report` gets one line.
+
+        The largest comes first: smaller ones then find what memory they need.
+        """
+        begin_s = time.monotonic()
+        like, graphs = padding_batch(buffer, 1, 1), self._of(None)
+        for bucket in reversed(self._buckets):
+            if bucket not in graphs.captured:
+                graphs.captured[bucket] = self._capture(bucket, like, None)
+        rows = ",".join(map(str, self._buckets))
+        report(f"captured base decode steps rows={rows} seconds={time.monotonic() - begin_s:.1f}")
+
     def _of(self, signature: Signature | None) -> _Graphs:
-        """Those of a signature; of the signatures used last a few are kept."""
+        """Those of a signature; of the signatures used last a few are kept, and the base's."""
         if signature not in self._graphs:
             if len(self._graphs) == MAX_SIGNATURES:
-                self._graphs.popitem(last=False)[1].close()
+                oldest = next(each for each in self._graphs if each is not None)
+                self._graphs.pop(oldest).close()
             self._graphs[signature] = _Graphs(self._device)
         self._graphs.move_to_end(signature)
         return self._graphs[signature]
@@ -186,7 +209,9 @@ class DecodeGraphs:
             tiles=tiles,
             head_tiles=tiles,
         )
-        return _Captured(batch, packed, self._recorder(lambda: self._decoder.forward(batch)))
+        logits_BV = self._logits_BV[:bucket]
+        replay = self._recorder(lambda: logits_BV.copy_(self._decoder.forward(batch)))
+        return _Captured(batch, packed, replay)
 
     def _fill(self, captured: _Captured, batch: Batch) -> None:
         """Copy a step's tensors to where the graph reads them."""

@@ -54,7 +54,8 @@ def block_tokens(block_ZN: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
 def draw(logits_ZV: Tensor, uniform_Z: Tensor) -> Tensor:
     """Inverse-CDF draw: the first token whose cumulative probability exceeds `uniform`.
 
-    Probabilities are added in float64 where their float32 sums by block leave the token open.
+    Probabilities are added in float64 where their float32 sums by block leave the token open: in
+    whatever order those were added, it is the same token.
 
     Shapes   logits [Z, V] float32; uniform [Z] float64 in [0, 1); returns [Z] int64.
     """
@@ -78,8 +79,38 @@ def draw(logits_ZV: Tensor, uniform_Z: Tensor) -> Tensor:
     return token_Z
 
 
+def running_sums(values_ZN: Tensor) -> Tensor:
+    """Of the numbers of each row, which are not negative, up to each place; no zero adds to them.
+
+    On a CUDA device, where torch adds in an order that it leaves open, in one that depends on the
+    row's length alone.
+    """
+    if values_ZN.is_cpu:
+        return values_ZN.cumsum(dim=-1)
+    return fixed_order_sums(values_ZN)
+
+
+def row_sums(values_ZN: Tensor) -> Tensor:
+    """The sum of each row, [Z], in the order of `running_sums` where torch leaves it open."""
+    return values_ZN.sum(dim=-1) if values_ZN.is_cpu else fixed_order_sums(values_ZN)[..., -1]
+
+
+def fixed_order_sums(values_ZN: Tensor) -> Tensor:
+    """As `running_sums`, by doubling how far back every place has added: only element by element.
+
+    Sums at two places are added in different orders, so that one may be rounded below the one
+    before it, or a zero may seem to add to it: both are mended.
+    """
+    sum_ZN, reach = values_ZN, 1
+    while reach < values_ZN.shape[-1]:
+        further_ZN = sum_ZN[..., reach:] + sum_ZN[..., :-reach]
+        sum_ZN = torch.cat([sum_ZN[..., :reach], further_ZN], dim=-1)
+        reach *= 2
+    return sum_ZN.masked_fill(values_ZN == 0, 0).cummax(dim=-1).values
+
+
 def _draw_exactly(probability_V: Tensor, uniform: Tensor) -> Tensor:
-    cumulative_V = probability_V.cumsum(dim=-1, dtype=torch.float64)
+    cumulative_V = running_sums(probability_V.double())
     target = uniform * cumulative_V[-1]
     return torch.searchsorted(cumulative_V, target, right=True).clamp_(max=len(probability_V) - 1)
 

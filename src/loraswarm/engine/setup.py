@@ -31,7 +31,7 @@ from loraswarm.engine.devices import (
     set_threads,
 )
 from loraswarm.engine.engine import Engine, EngineParts
-from loraswarm.engine.headroom import step_bytes
+from loraswarm.engine.headroom import graph_bytes, step_bytes
 from loraswarm.engine.loader import Loader, ThreadLoader
 from loraswarm.engine.loader_jobs import JobFailed, ScanDone, ScanJob
 from loraswarm.engine.loader_process import ProcessLoader
@@ -135,7 +135,9 @@ def _build(config: EngineConfig, loader: Loader, model: Model, report: Report) -
         _report_differences(figures, config, info, report)
     catalog = Catalog(config.model_name)
     failures = _fill(catalog, loader, model_config.shape(), report)
-    return _assemble(config, info, Adapters(catalog, loader, failures), decoder, backend, figures)
+    base = Base(decoder, backend, report)
+    adapters = Adapters(catalog, loader, failures)
+    return _assemble(config, info, adapters, base, CostModel(figures))
 
 
 def _load(model: Model, backend: Backend, report: Report) -> Decoder:
@@ -224,16 +226,20 @@ def _wait_for_scan(loader: Loader) -> ScanDone:
     return result
 
 
+class Base(NamedTuple):
+    """The base with its weights, what computes it, and who is told of the rest of the start."""
+
+    decoder: Decoder
+    backend: Backend
+    report: Report
+
+
 def _assemble(
-    config: EngineConfig,
-    info: EngineInfo,
-    adapters: Adapters,
-    decoder: Decoder,
-    backend: Backend,
-    figures: CostFigures | None,
+    config: EngineConfig, info: EngineInfo, adapters: Adapters, base: Base, costs: CostModel
 ) -> Engine:
     """Put the parts together."""
     catalog, loader, failures = adapters
+    decoder, backend, report = base
     shape = decoder.config.shape()
     geometry = page_geometry(shape, backend.dtype.itemsize)
     try:
@@ -242,7 +248,6 @@ def _assemble(
         raise ConfigError(
             f"this machine cannot give {config.pool_bytes:,} bytes for the page pool (--pool-bytes)"
         ) from error
-    costs = CostModel(figures)
     host = HostCache(info.host_cache_bytes, EvictionOrder(config.eviction), costs)
     options = MemoryOptions(
         policy=config.eviction,
@@ -252,6 +257,9 @@ def _assemble(
     )
     memory = Memory.of_pages(info.num_pages, shape, geometry, options)
     tiles = TileStore(buffer, shape)
+    graphs = _graphs(config, info, decoder, backend)
+    if graphs is not None and config.capture_at_start:
+        graphs.capture_base(buffer, report)
     wakeup = Wakeup()
     copier = PageCopier(buffer, tiles, wakeup.wake)
     residency = Residency(loader, host, copier, memory, catalog)
@@ -262,7 +270,7 @@ def _assemble(
         host=host,
         copier=copier,
         wakeup=wakeup,
-        runner=ModelRunner(decoder, buffer, tiles, _graphs(config, info, decoder, backend)),
+        runner=ModelRunner(decoder, buffer, tiles, graphs),
         memory=memory,
         residency=residency,
         scheduler=Scheduler(memory, FirstComeFirstServed(), residency, limits),
@@ -316,6 +324,7 @@ def _size_pool(
         sizes = config.max_step_tokens, config.max_num_sequences
         try:
             num_bytes = step_bytes(decoder, backend, geometry, *sizes)
+            num_bytes += graph_bytes(decoder, backend, geometry, config.max_num_sequences)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"a step of {config.max_step_tokens} tokens does not fit beside the weights:"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loraswarm.core.request import SamplingParams
 from loraswarm.core.sequence import Sequence
-from loraswarm.engine.row_blocks import block_maxima, block_tokens
+from loraswarm.engine.row_blocks import block_maxima, block_tokens, row_sums, running_sums
 
 NUM_BLOCKS = 64
 NUM_LARGEST = 128
@@ -104,9 +104,9 @@ class Candidates:
         is_left_ZL = largest_ZL >= floor_Z1
         weight_ZL = (largest_ZL - self.best_Z[:, None]).exp() * is_left_ZL
         has_floor_Z = floor_Z1[:, 0] > -math.inf
-        total_Z = torch.where(has_floor_Z, weight_ZL.sum(dim=-1), self.total_Z)
+        total_Z = torch.where(has_floor_Z, row_sums(weight_ZL), self.total_Z)
         probability_ZL = weight_ZL / total_Z[:, None]
-        before_ZL = probability_ZL.cumsum(dim=-1) - probability_ZL
+        before_ZL = running_sums(probability_ZL) - probability_ZL
         is_left_ZL &= before_ZL < limits.top_p_Z[:, None]
         num_left_Z1 = is_left_ZL.sum(dim=-1, keepdim=True).clamp(min=1)
         least_Z1 = largest_ZL.gather(1, num_left_Z1 - 1)
@@ -206,7 +206,7 @@ def _keep_nucleus_(logits_V: Tensor, top_p: float) -> None:
     else:
         value_V = logits_V.sort(descending=True).values
     probability_V = value_V.softmax(dim=-1)
-    before_V = probability_V.cumsum(dim=-1) - probability_V
+    before_V = running_sums(probability_V) - probability_V
     num_left = int((before_V < top_p).sum())
     least = value_V[max(num_left - 1, 0)]
     ties = (logits_V == least).nonzero()[:, 0]

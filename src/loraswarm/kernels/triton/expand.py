@@ -1,7 +1,7 @@
 """y = g * (y + sum of v * ((scale * u * h) Bt)) + c: each block of y is read and written once.
 
 Programs take pieces of work from the plan's list of items: all tiles and gains of a segment at one
-site, for its tokens and some columns of y. Called by lora.
+site, for its tokens and some columns of y. Called by lora; fused_linear uses parts of it.
 Legend: T tokens, N columns of y, R ranks of some tiles, Q parts of a fused linear.
 
     products with h, a float32, keep its accuracy:
@@ -90,7 +90,7 @@ def launch_expand(
     widest = max(high - low for low, high in pairwise(out_bounds))
     traits = plan.expand_traits(first_site, num_parts)
     most_tiles = num_columns // MAX_TILE_RANKS
-    vector = _vector(y_TO, traits, out_bounds)
+    vector = vector_of(y_TO, traits, out_bounds)
     blocks = expand_blocks(widest, plan.table.cut, most_tiles, traits.has_v, vector)
     num_programs = PROGRAMS_PER_CORE * num_cores(y_TO.device)
     if num_items is not None:
@@ -100,13 +100,13 @@ def launch_expand(
             y_TO,
             h_QTR,
             pool,
-            _floats(pool),
+            floats_of(pool),
             plan.words.expand_starts,
             plan.words.expand_items,
             plan.words.tiles,
             plan.words.scales,
             plan.words.gains,
-            _bounds_on(y_TO.device, out_bounds),
+            bounds_on(y_TO.device, out_bounds),
             y_TO.stride(0),
             first_site,
             num_parts,
@@ -123,21 +123,21 @@ def launch_expand(
         )
 
 
-def _vector(y_TO: Tensor, traits: Traits, out_bounds: tuple[int, ...]) -> int:
+def vector_of(y_TO: Tensor, traits: Traits, out_bounds: tuple[int, ...]) -> int:
     """Elements of a whole load, if rows of Bt and parts of y begin at multiples of it, else 1."""
     vector = VECTOR_BYTES // y_TO.element_size()
     is_aligned = traits.alignment >= vector and all(bound % vector == 0 for bound in out_bounds)
     return vector if is_aligned else 1
 
 
-def _floats(pool: Tensor) -> Tensor:
+def floats_of(pool: Tensor) -> Tensor:
     """The pool as float32, without a last element that is half of one."""
     per_float = 4 // pool.element_size()
     return pool[: pool.numel() // per_float * per_float].view(torch.float32)
 
 
 @cache
-def _bounds_on(device: torch.device, out_bounds: tuple[int, ...]) -> Tensor:
+def bounds_on(device: torch.device, out_bounds: tuple[int, ...]) -> Tensor:
     """[Q + 1] int32 on a device, kept: copied before a graph that uses it is captured."""
     with torch.inference_mode():
         return torch.tensor(out_bounds, dtype=torch.int32).to(device)
@@ -240,9 +240,9 @@ def expand_kernel(
                         float_ptr + v_at + column_N, mask=is_column_N & (v_at >= 0), other=1.0
                     )
                     zero_TN = tl.full((BLOCK_T, BLOCK_N), 0.0, tl.float32)
-                    delta_TN += v_N[None, :] * _add_product(zero_TN, h_TR, bt_RN, PRECISION)
+                    delta_TN += v_N[None, :] * add_product(zero_TN, h_TR, bt_RN, PRECISION)
                 else:
-                    delta_TN = _add_product(delta_TN, h_TR, bt_RN, PRECISION)
+                    delta_TN = add_product(delta_TN, h_TR, bt_RN, PRECISION)
                 tile += BLOCK_R // TILE_RANKS
 
             result_TN = y_TN.to(tl.float32) + delta_TN
@@ -260,7 +260,7 @@ def expand_kernel(
 
 
 @triton.jit
-def _add_product(sum_TN, h_TR, bt_RN, PRECISION: tl.constexpr):
+def add_product(sum_TN, h_TR, bt_RN, PRECISION: tl.constexpr):
     """sum + h Bt, with h as accurate as a float32."""
     if bt_RN.dtype == tl.bfloat16:
         high_TR = (h_TR.to(tl.int32, bitcast=True) & HIGH_BITS).to(tl.float32, bitcast=True)

@@ -1,4 +1,4 @@
-"""Compile every kernel for a dtype before the first request.
+"""Compile every kernel for a dtype before the first request, and choose the attention of chunks.
 
 What depends on a model's sizes is compiled by the first step of that size. Called through
 kernels/triton by whoever starts an engine.
@@ -12,7 +12,8 @@ import torch
 
 from loraswarm.kernels import MAX_TILE_RANKS, AttentionWork
 from loraswarm.kernels.one_tile import one_tile
-from loraswarm.kernels.triton.attention import paged_attention
+from loraswarm.kernels.triton.attention import attend_by_triton, paged_attention
+from loraswarm.kernels.triton.attention_torch import torch_choice
 from loraswarm.kernels.triton.launch import DEVICE_TYPE
 from loraswarm.kernels.triton.lora import lora_expand_, lora_shrink
 from loraswarm.kernels.triton.rotating import write_kv_
@@ -47,6 +48,8 @@ def warm_up(dtype_name: str, report: Callable[[str], None]) -> None:
             1.0,
             None,
         )
+    if dtype != torch.float32:  # which torch's does not take
+        report(torch_choice.try_on(dtype, attend_by_triton))
 
 
 def _one_sequence(num_tokens: int, device: torch.device) -> AttentionWork:
