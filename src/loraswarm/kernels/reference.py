@@ -17,26 +17,9 @@ from torch import Tensor
 from loraswarm.kernels import MAX_TILE_RANKS, AttentionWork, HeadNorms, TileTable
 from loraswarm.kernels.arguments import check_add_rms_norm, check_rotate, check_silu_multiply
 from loraswarm.kernels.pool_views import pool_rows, pool_vector
-from loraswarm.kernels.reference_merging import empty_linear, linear_norm, merge_linear_
-
-__all__ = [
-    "add_rms_norm_",
-    "empty_linear",
-    "finish",
-    "linear",
-    "linear_norm",
-    "linear_shrink",
-    "lora_expand_",
-    "lora_shrink",
-    "merge_linear_",
-    "pack_linear",
-    "paged_attention",
-    "recording",
-    "rotate_and_write_kv_",
-    "silu_multiply",
-    "warm_up",
-    "write_kv_",
-]
+from loraswarm.kernels.reference_merging import empty_linear as empty_linear
+from loraswarm.kernels.reference_merging import linear_norm as linear_norm
+from loraswarm.kernels.reference_merging import merge_linear_ as merge_linear_
 
 
 def lora_shrink(

@@ -59,7 +59,8 @@ def merge_linear_(
     require(merged.data_ptr() != weight.data_ptr(), "merged is the weight itself")
     require(pool.dtype == weight.dtype, f"pool is {pool.dtype}, the weight is {weight.dtype}")
     begin, end = rows
-    sums = add_tiles(weight[begin:end].float(), pool, tiles, first_site, out_bounds, begin)
+    row_NI = weight[begin:end].to(torch.float32, copy=True)
+    sums = add_tiles(row_NI, pool, tiles, first_site, out_bounds, begin)
     merged[begin:end] = sums
 
 
