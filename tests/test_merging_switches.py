@@ -1,4 +1,4 @@
-"""Switches under traffic: whatever happens in the middle of one, answers, weights and memory stay."""
+"""Switches under traffic: whatever happens in the middle of one, answers and weights stay."""
 
 from __future__ import annotations
 
@@ -84,9 +84,7 @@ def test_a_thousand_switches_under_traffic_leave_no_trace(swarm, answers):
     assert bytes_seen > 0
     assert weights_digest(engine) == before
     assert (merger.bytes, merger.holds.keys, engine._runner.merged) == (0, (), ())
-    assert all(
-        linear.merged is None for layer in engine.decoder.layers for linear in layer.linears()
-    )
+    assert all(place.linear.merged is None for place in merger._places)
     assert engine.stats().num_pinned_adapters == 0
     assert not engine._residency._users
     engine.check()
@@ -97,12 +95,12 @@ def test_copies_are_given_back_and_used_again(swarm):
     merge(engine, "a000")
     full = engine.merger.bytes
     gc.collect()
-    before = sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+    before = sum(type(one) is torch.Tensor for one in gc.get_objects())
     for turn in range(20):
         merge(engine, f"a00{1 + turn % 3}")
         assert engine.merger.bytes == full
     gc.collect()
-    after = sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+    after = sum(type(one) is torch.Tensor for one in gc.get_objects())
     assert after <= before + 20  # tables of adapters that came into pages meanwhile
     engine.merger.set_target(None)
     assert engine.merger.bytes == 0
@@ -119,12 +117,12 @@ def test_logits_stay_within_the_table_while_weights_change_every_step(swarm):
     seen = set()
 
     def switch(step: int) -> None:
-        engine.merger.set_target(keys[step // 6 % 3])
+        engine.merger.set_target(keys[step // 5 % 3])
         engine.merger.advance(0.0)
         seen.add((engine.merger.num_merged, engine.merger.target))
 
     found = served_logits(engine, requests, switch)
-    assert len(seen) > 9
+    assert len(seen) > 6
     for name, (tokens, logits) in found.items():
         assert tokens == plain[name][0]
         assert_close(logits, plain[name][1], torch.float32)
@@ -141,10 +139,11 @@ def test_a_pool_full_of_nan_is_not_read_by_merging(swarm, answers):
 
 def test_a_merged_adapter_is_never_evicted_and_gives_way_where_it_must(swarm, answers):
     page_bytes = make_engine(swarm).info.page_bytes
-    engine = merging_engine(swarm, pool_bytes=24 * page_bytes)
+    engine = merging_engine(swarm, pool_bytes=18 * page_bytes)
     merge(engine, "a000")
     key = engine.merger.target
-    requests = [make_request(name, name, prompt_of(1, 9), SHORT) for name in names(12)]
+    small = [f"a{index:03}" for index in (0, 1, 6, 7, 12, 13, 18, 19)]
+    requests = [make_request(name, name, prompt_of(1, 9), SHORT) for name in small]
     found = run(engine, requests, lambda _: _pinned_if_merged(engine, key))
     assert engine.stats().total_device_evictions > 0
     for name, events in found.items():
@@ -173,7 +172,7 @@ def test_unloading_a_merged_adapter_restores_the_base_and_frees_its_pages(
     engine = merging_engine(swarm)
     merge(engine, "a000", num_merged)
     key = engine.merger.target
-    assert engine._memory.adapters.is_resident(key)
+    assert engine._memory.adapters.is_resident(key) == (num_merged > 0)
     carry_out(engine, UnloadAdapter("a000"))
     assert (engine.merger.num_merged, engine.merger.bytes, engine.merger.target) == (0, 0, None)
     assert not engine._memory.adapters.is_resident(key)
@@ -267,7 +266,7 @@ def test_cached_prefixes_are_shared_by_merged_and_unmerged_weights(swarm):
             merge(engine, target)
         for name, tokens in expected.items():
             assert run_tokens(engine, [make_request("r", name, prompt, GREEDY)])["r"] == tokens
-    assert engine.stats().total_prefix_hit_tokens > 200
+    assert engine.stats().total_prefix_hit_tokens >= 3 * 48
 
 
 def test_an_adapter_that_cannot_be_copied_is_a_problem_and_not_merged(swarm, monkeypatch):

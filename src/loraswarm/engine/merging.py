@@ -192,9 +192,8 @@ class Merger:
 
     def _leave_stale(self) -> None:
         """Restore what has an adapter in it that is served no more, and let that go."""
-        if not self.holds.keys:
-            return
-        stale = {key for key in self.holds.keys if not self.holds.is_current(key)}
+        wanted = (*self.holds.keys, self._target)
+        stale = {key for key in wanted if key is not None and not self.holds.is_current(key)}
         if not stale:
             return
         if self._target in stale:
