@@ -18,6 +18,7 @@ from device_under_test import DEVICE
 from loraswarm.core.base_shape import FINAL_NORM
 from loraswarm.engine import graphs as engine_graphs
 from loraswarm.engine.graphs import CudaRecorder, DecodeGraphs
+from loraswarm.engine.model_runner import ModelRunner
 from loraswarm.engine.transfer import to_device
 from loraswarm.kernels import triton
 from loraswarm.kernels.triton import words
@@ -25,6 +26,7 @@ from loraswarm.models.batch import Batch
 from loraswarm.models.decoder import Decoder
 from loraswarm.models.families import decoder_config
 from loraswarm.models.layers.backend import Backend
+from loraswarm.models.layers.weight import Weight
 from loraswarm.models.loader import load_decoder
 from loraswarm.models.source import read_config
 from model_factory import VOCAB_SIZE, save_tiny_model
@@ -118,8 +120,8 @@ def _adapter(decoder: Decoder, index: int) -> HandAdapter:
 
 
 @torch.inference_mode()
-def replayed(graphs: DecodeGraphs, batch: Batch) -> Tensor:
-    logits_ZV = graphs.try_run(batch)
+def replayed(graphs: DecodeGraphs, batch: Batch, weights_version: int = 0) -> Tensor:
+    logits_ZV = graphs.try_run(batch, weights_version)
     assert logits_ZV is not None
     return logits_ZV.clone().cpu()
 
@@ -182,6 +184,53 @@ def test_graphs_of_signatures_that_were_long_not_used_are_forgotten(
         batch = swarm.decode([adapter])
         assert_close(replayed(graphs, batch), swarm.run(batch), torch.float32)
     assert recorder.count == 4
+
+
+def test_a_graph_is_never_replayed_over_other_weights_than_it_was_captured_with(
+    decoder, graphs, recorder
+):
+    """Version 0 are the base's weights, which come back; other versions come once."""
+    swarm = Swarm(decoder, 2)
+    for version, count in ((0, 1), (3, 2), (3, 2), (0, 2), (4, 3), (0, 3), (4, 3)):
+        batch = swarm.decode(["a1", None])
+        assert_close(replayed(graphs, batch, version), swarm.run(batch), torch.float32)
+        assert recorder.count == count
+    assert sorted(version for version, _ in graphs._graphs) == [0, 4]
+
+
+def test_a_runner_replays_over_weights_at_rest_only(decoder, recorder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(DecodeGraphs, "try_run", lambda self, batch, version: seen.append(version))
+    graphs = DecodeGraphs(decoder, recorder, MAX_PAGES, PAGE_TOKENS, MAX_ROWS)
+    swarm = Swarm(decoder, 1)
+    runner = ModelRunner(decoder, SimpleNamespace(pool=swarm.pages), None, graphs)
+    linear, other = decoder.layers[0].linears()[:2]
+    copy = Weight(linear.weight.rows.clone())
+    prepared = SimpleNamespace(batch=swarm.decode([None]))
+
+    def run():
+        runner.run(prepared)
+        return seen[-1] if seen else None
+
+    assert run() == 0
+    runner.use(linear, copy, ("a", "1"))
+    assert linear.merged is copy
+    assert runner.merged[:4] == (("a", "1"),) * 3 + (None,)
+    first = run()
+    assert first > 0
+    runner.use(other, copy, ("a", "1"))
+    second = runner._version
+    assert second not in (0, first)
+    runner.use(other, None, None)
+    assert run() not in (0, first, second)
+    runner.is_switching = True
+    count = len(seen)
+    run()
+    assert len(seen) == count
+    runner.is_switching = False
+    runner.use(linear, None, None)
+    assert runner.merged == ()
+    assert run() == 0
 
 
 def test_padding_changes_no_page(decoder, graphs):

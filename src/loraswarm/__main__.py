@@ -88,6 +88,18 @@ Quantize = Annotated[
     str | None,
     typer.Option(help="Keep the base's matrices as integers: int8 or int4 [default: as floats]"),
 ]
+Merge = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|off|NAME",
+        help="NAME is merged into a copy of the base's weights at start, and others are served"
+        " beside it.",
+    ),
+]
+MergeBytes = Annotated[
+    str | None,
+    typer.Option(help="Memory for merged weights, e.g. 2GiB [default: what there is]"),
+]
 CostModelFile = Annotated[
     str | None,
     typer.Option(
@@ -137,6 +149,8 @@ def serve(
     eviction: EvictionPolicy = "cost",
     quantize: Quantize = None,
     cost_model: CostModelFile = None,
+    merge: Merge = "off",
+    merge_bytes: MergeBytes = None,
     max_num_sequences: MaxNumSequences = 128,
     max_step_tokens: MaxStepTokens = 512,
     num_threads: NumThreads = None,
@@ -161,6 +175,8 @@ def serve(
         eviction=eviction,
         quantize=quantize,
         cost_model=cost_model,
+        merge=merge,
+        merge_bytes=parse_bytes("--merge-bytes", merge_bytes),
         max_num_sequences=max_num_sequences,
         max_step_tokens=max_step_tokens,
         num_threads=num_threads,

@@ -36,6 +36,9 @@ class EngineConfig:
     in files there, and found again by the next start. `eviction` chooses which idle adapter or
     cached prefix leaves first: by what it would cost to miss it, or the least recently used.
     `cost_model` is a file of `loraswarm bench calibrate`, to judge costs by before any are seen.
+    `merge` is "off", "auto" or the name of an adapter that is merged into copies of the linears'
+    weights at start, while others are served beside it; the copies take at most `merge_bytes`
+    (None: what there is).
     `quantize` keeps the base's matrices as integers (see models/quantization); None: as floats.
     With `capture_at_start` a CUDA device's decode steps without adapters are captured as graphs
     before the first request; else each by the first step of its size.
@@ -61,6 +64,8 @@ class EngineConfig:
     cost_model: str | None = None
     quantize: Quantize | None = None
     capture_at_start: bool = True
+    merge: str = "off"
+    merge_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _require_choice("dtype", self.dtype, DTYPES)
@@ -68,9 +73,12 @@ class EngineConfig:
         _require_choice("device", self.device, DEVICES)
         if self.quantize is not None:
             _require_choice("quantize", self.quantize, QUANTIZATIONS)
+        if not self.merge:
+            raise ConfigError("merge is empty; give off, auto or the name of an adapter")
         if not self.model:
             raise ConfigError("model is empty; give a local directory or a hub id")
-        for name in ("max_model_len", "pool_bytes", "num_threads", "host_cache_bytes"):
+        names = "max_model_len", "pool_bytes", "num_threads", "host_cache_bytes", "merge_bytes"
+        for name in names:
             value = getattr(self, name)
             if value is not None:
                 _require_positive(name, value)

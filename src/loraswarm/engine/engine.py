@@ -6,9 +6,11 @@ Built by engine/setup; driven by LLM in this process or by engine/child in its o
 
 from __future__ import annotations
 
+import math
 import random
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from loraswarm.adapters.catalog import Catalog
@@ -16,9 +18,11 @@ from loraswarm.core.admin import AdapterState, AdminCommand, ScanReport
 from loraswarm.core.client import AdapterSummary, EngineInfo, EngineStats
 from loraswarm.core.events import SequenceEvent
 from loraswarm.core.request import Request
+from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.administration import Administration, Answer
 from loraswarm.engine.arrivals import Arrivals
 from loraswarm.engine.loader import Loader
+from loraswarm.engine.merging import Merger
 from loraswarm.engine.model_runner import ModelRunner
 from loraswarm.engine.reception import Reception
 from loraswarm.engine.residency import Residency
@@ -37,6 +41,9 @@ from loraswarm.models.decoder import Decoder
 
 MIN_TIMED_TOKENS = 64
 COMMAND_POLL_S = 0.05
+MERGE_SHARE = 0.1
+"""Of a step's time, what merging may take before the next."""
+SMOOTHING_SHARE = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +60,12 @@ class EngineParts:
     residency: Residency
     scheduler: Scheduler
     store_failures: tuple[str, ...] = ()
+    merger: Merger | None = None
 
     def close(self) -> None:
-        """End every thread and process."""
+        """End every thread and process, and give back the memory of merged weights."""
+        if self.merger is not None:
+            self.merger.close()
         self.loader.close()
         self.copier.close()
         self.wakeup.close()
@@ -65,7 +75,9 @@ class Engine:
     """One base model, one page pool, any number of adapters; one thread drives it.
 
     A request whose adapters are neither in pages nor in host memory waits among the arrivals; then
-    it is a sequence of the scheduler's.
+    it is a sequence of the scheduler's. Where there is a `merger`, `merge_policy` is asked before
+    each step which adapter the weights shall have in them (None: none); without a policy, whoever
+    has the merger decides.
     """
 
     def __init__(
@@ -90,9 +102,14 @@ class Engine:
         self._administration = Administration(
             parts.catalog, parts.residency, parts.memory, parts.loader, self._states
         )
+        self.merger = parts.merger
+        self.merge_policy: Callable[[], AdapterKey | None] | None = None
+        self._step_s = 0.0
         parts.residency.may_overrun = lambda: parts.scheduler.num_waiting == 0
         self._states.pinned_names = self._administration.pinned_names
         administration = self._administration
+        if self.merger is not None:
+            self.merger.holds.num_taken_pages = lambda: administration.num_pinned_pages
         sequences = SequenceMaker(info, parts.scheduler, lambda: administration.num_pinned_pages)
         self._reception = Reception(
             parts.catalog,
@@ -168,8 +185,8 @@ class Engine:
         """
         self._require_open()
         events = self._collect()
-        step = self._scheduler.plan()
-        self._runner.forget(step.dropped)
+        self._merge(MERGE_SHARE * self._step_s)
+        step = self._plan()
         self._residency.start_copies(step.loads)
         if step.chunks:
             events += self._run(step)
@@ -183,6 +200,26 @@ class Engine:
         if events and self._administration.is_busy:
             self._parts.wakeup.wake()  # commands may wait for what has just ended
         return events
+
+    def require_adapter(self, name: str) -> None:
+        """Raise UnknownAdapter, AdapterError or Overloaded unless requests may ask for `name`."""
+        self._catalog.resolve(name)
+
+    def merge_now(self) -> str | None:
+        """Merge what `merge_policy` wants, as far as memory goes, before any request is served.
+
+        Returns why it cannot be, None if it is done.
+        """
+        assert self.merger is not None
+        assert not self.has_work
+        while True:
+            self._collect()
+            self._merge(math.inf)
+            if self.merger.target is not None and self.merger.is_settled:
+                return None
+            if self.merger.holds.problem is not None:
+                return self.merger.holds.problem
+            self.wait(COMMAND_POLL_S)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until there is news, the next thing is due, or so many seconds have passed."""
@@ -261,6 +298,24 @@ class Engine:
         if not self._closing.alive:
             raise EngineError("the engine is closed")
 
+    def _merge(self, budget_s: float) -> None:
+        """Go on with merging for about so long."""
+        if self.merger is None:
+            return
+        if self.merge_policy is not None:
+            self.merger.set_target(self.merge_policy())
+        self.merger.advance(budget_s)
+
+    def _plan(self) -> Step:
+        """The next step. What is merged gives its pages back if nothing can run beside it."""
+        step = self._scheduler.plan()
+        self._runner.forget(step.dropped)
+        is_stuck = self.has_work and not step.chunks and not step.loads and not self._may_go_on()
+        if is_stuck and self.merger is not None and self.merger.give_way():
+            step = self._scheduler.plan()
+            self._runner.forget(step.dropped)
+        return step
+
     def _run(self, step: Step) -> list[SequenceEvent]:
         start_s = time.perf_counter()
         prepared = self._runner.prepare(step, self._memory.kv_cache)
@@ -268,6 +323,7 @@ class Engine:
         results = chunk_results(logits_ZV, prepared.rows)
         seconds = time.perf_counter() - start_s
         self._memory.costs.saw_step(seconds)
+        self._step_s += (SMOOTHING_SHARE if self._step_s else 1.0) * (seconds - self._step_s)
         if step.num_tokens >= MIN_TIMED_TOKENS:
             self._memory.costs.saw_prefill(step.num_tokens, seconds)
         return self._scheduler.commit(step, results)

@@ -36,6 +36,8 @@ Replay = Callable[[], Tensor]
 Signature = tuple[tuple[int, ...], tuple[bool, ...]]
 """By site: the most tiles, in powers of two and the same for a target in every layer, and whether
 any segment has gains."""
+OF_THE_BASE: tuple[int, Signature | None] = 0, None
+"""Steps without adapters over the base's own weights; their graphs are never forgotten."""
 
 
 class Recorder(Protocol):
@@ -131,24 +133,26 @@ class DecodeGraphs:
         self._logits_BV = torch.empty(
             max_rows, decoder.config.vocab_size, dtype=torch.float32, device=self._device
         )
-        self._graphs: OrderedDict[Signature | None, _Graphs] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, Signature | None], _Graphs] = OrderedDict()
 
-    def try_run(self, batch: Batch) -> Tensor | None:
+    def try_run(self, batch: Batch, weights_version: int = 0) -> Tensor | None:
         """Logits [Z, V] of a batch that is still on the host; None if it is no decode step, or does
         what a graph cannot.
 
-        They lie where the next replay writes.
+        They lie where the next replay writes. A graph reads the weights that were in use when it
+        was captured: `weights_version` is 0 for the base's, which stay, and another number for
+        each other set of them, of which the last alone may come again.
         """
         num_rows = len(batch.token_ids)
         if not _is_decode(batch) or num_rows > self._buckets[-1]:
             return None
         signature = None if batch.tiles is None else self._signature(batch.tiles)
-        graphs = self._of(signature)
+        graphs = self._of(weights_version, signature)
         if batch.tiles is not None:
             graphs.load(batch.tiles)
         bucket = next(size for size in self._buckets if size >= num_rows)
         if bucket not in graphs.captured:
-            graphs.captured[bucket] = self._capture(bucket, batch, signature)
+            graphs.captured[bucket] = self._capture(bucket, batch, signature, graphs)
         self._fill(graphs.captured[bucket], batch)
         return graphs.captured[bucket].replay()[:num_rows]
 
@@ -160,22 +164,26 @@ class DecodeGraphs:
         The largest comes first: smaller ones then find what memory they need.
         """
         begin_s = time.monotonic()
-        like, graphs = padding_batch(buffer, 1, 1), self._of(None)
+        like, graphs = padding_batch(buffer, 1, 1), self._of(*OF_THE_BASE)
         for bucket in reversed(self._buckets):
             if bucket not in graphs.captured:
-                graphs.captured[bucket] = self._capture(bucket, like, None)
+                graphs.captured[bucket] = self._capture(bucket, like, None, graphs)
         rows = ",".join(map(str, self._buckets))
         report(f"captured base decode steps rows={rows} seconds={time.monotonic() - begin_s:.1f}")
 
-    def _of(self, signature: Signature | None) -> _Graphs:
-        """Those of a signature; of the signatures used last a few are kept, and the base's."""
-        if signature not in self._graphs:
-            if len(self._graphs) == MAX_SIGNATURES:
-                oldest = next(each for each in self._graphs if each is not None)
+    def _of(self, version: int, signature: Signature | None) -> _Graphs:
+        """Those of a signature over weights in use; of those used last a few are kept, and the
+        base's."""
+        key = version, signature
+        if key not in self._graphs:
+            for stale in [other for other in self._graphs if other[0] not in (0, version)]:
+                self._graphs.pop(stale).close()
+            if len(self._graphs) >= MAX_SIGNATURES:
+                oldest = next(each for each in self._graphs if each != OF_THE_BASE)
                 self._graphs.pop(oldest).close()
-            self._graphs[signature] = _Graphs(self._device)
-        self._graphs.move_to_end(signature)
-        return self._graphs[signature]
+            self._graphs[key] = _Graphs(self._device)
+        self._graphs.move_to_end(key)
+        return self._graphs[key]
 
     def _signature(self, tiles: TileTable) -> Signature:
         num_linears = self._decoder.shape.num_linears
@@ -187,7 +195,9 @@ class DecodeGraphs:
             has_gains[sites] = [any(has_gains[sites])] * layers
         return tuple(ceil_power(count) if count else 0 for count in counts), tuple(has_gains)
 
-    def _capture(self, bucket: int, like: Batch, signature: Signature | None) -> _Captured:
+    def _capture(
+        self, bucket: int, like: Batch, signature: Signature | None, graphs: _Graphs
+    ) -> _Captured:
         table = torch.zeros(bucket, self._max_pages, dtype=torch.int32)
         host = (*_padding(bucket), table)
         packed = pack(host, is_pinned=False).to(self._device)
@@ -196,7 +206,7 @@ class DecodeGraphs:
         if signature is not None:
             assert like.tiles is not None
             tiles = replace(like.tiles, max_tiles=signature[0], has_gains=signature[1])
-            self._graphs[signature].bind(tiles)
+            graphs.bind(tiles)
         batch = replace(
             like,
             token_ids=token_ids,

@@ -1,10 +1,12 @@
-"""Owns the base model; runs batches over the pages of the pool.
+"""Owns the base model and which weights are in use; runs batches over the pages of the pool.
 
-Does not know queues or requests: it is told what to run. Called by the engine.
+Does not know queues or requests: it is told what to run, and by engine/merging what is merged.
+Called by the engine.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -17,8 +19,10 @@ from loraswarm.engine.step import Step
 from loraswarm.engine.transfer import to_device
 from loraswarm.memory.kv_cache import KVCache
 from loraswarm.memory.page_buffer import PageBuffer
-from loraswarm.memory.tile_store import TileStore
+from loraswarm.memory.tile_store import MergedSites, TileStore
 from loraswarm.models.decoder import Decoder
+from loraswarm.models.layers.linear import LoraLinear
+from loraswarm.models.layers.weight import Weight
 
 if TYPE_CHECKING:
     from loraswarm.engine.graphs import DecodeGraphs
@@ -34,11 +38,31 @@ class ModelRunner:
         tiles: TileStore,
         graphs: DecodeGraphs | None = None,
     ) -> None:
-        """With `graphs` decode steps are replayed, where one has been captured."""
+        """With `graphs` decode steps are replayed, where one has been captured, unless
+        `is_switching`: then the weights in use will soon be others."""
         self.decoder = decoder
         self._buffer = buffer
         self._tiles = tiles
         self._graphs = graphs
+        self._merged: MergedSites = ()
+        self._versions = itertools.count(1)
+        self._version = 0
+        self.is_switching = False
+
+    @property
+    def merged(self) -> MergedSites:
+        """By site of the linears, the adapter in the weight in use; () if all are the base's."""
+        return self._merged
+
+    def use(self, linear: LoraLinear, weight: Weight | None, key: AdapterKey | None) -> None:
+        """Multiply by `weight` from the next batch on, in which adapter `key` is merged; None and
+        None: by the base's. A batch that was prepared before must not be run any more."""
+        assert (weight is None) == (key is None)
+        linear.merged = weight
+        sites = list(self._merged) or [None] * self.decoder.shape.num_linears
+        sites[linear.sites.start : linear.sites.stop] = [key] * linear.num_parts
+        self._merged = tuple(sites) if any(sites) else ()
+        self._version = next(self._versions) if self._merged else 0
 
     def forget(self, dropped: Iterable[AdapterKey]) -> None:
         """These adapters are in their pages no more."""
@@ -47,7 +71,7 @@ class ModelRunner:
 
     def prepare(self, step: Step, kv_cache: KVCache) -> PreparedBatch:
         """The tensors of the step's forward pass."""
-        return prepare(step.chunks, kv_cache, self._buffer, self._tiles)
+        return prepare(step.chunks, kv_cache, self._buffer, self._tiles, self._merged)
 
     @torch.inference_mode()
     def run(self, prepared: PreparedBatch) -> Tensor:
@@ -56,7 +80,9 @@ class ModelRunner:
         They are the caller's to change until it calls again.
         """
         batch, device = prepared.batch, self._buffer.pool.device
-        logits_ZV = self._graphs.try_run(batch) if self._graphs is not None else None
+        logits_ZV = None
+        if self._graphs is not None and not self.is_switching:
+            logits_ZV = self._graphs.try_run(batch, self._version)
         if logits_ZV is not None:
             return logits_ZV
         if device.type == "cpu":

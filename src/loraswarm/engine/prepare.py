@@ -18,7 +18,7 @@ from loraswarm.engine.step import ScheduledChunk
 from loraswarm.kernels import AttentionWork
 from loraswarm.memory.kv_cache import KVCache
 from loraswarm.memory.page_buffer import PageBuffer
-from loraswarm.memory.tile_store import Segment, TileStore
+from loraswarm.memory.tile_store import MergedSites, Segment, TileStore
 from loraswarm.models.batch import Batch
 
 
@@ -45,11 +45,15 @@ class PreparedBatch:
 
 
 def prepare(
-    chunks: tuple[ScheduledChunk, ...], kv_cache: KVCache, buffer: PageBuffer, tiles: TileStore
+    chunks: tuple[ScheduledChunk, ...],
+    kv_cache: KVCache,
+    buffer: PageBuffer,
+    tiles: TileStore,
+    merged: MergedSites = (),
 ) -> PreparedBatch:
     """Build the tensors of one forward pass, on the host but for overlays, `pages` and `pool`.
 
-    Chunks' pages must be reserved, adapters loaded.
+    Chunks' pages must be reserved, adapters loaded. `merged` is in the weights that it will run on.
     """
     order = sorted(range(len(chunks)), key=lambda index: chunks[index].sequence.mix)
     ordered = [chunks[index] for index in order]
@@ -68,9 +72,9 @@ def prepare(
         slots=torch.from_numpy(slots),
         logit_rows=torch.from_numpy(np.array(logit_rows, dtype=np.int64)),
         attention=_attention_work(ordered, counts, page_table),
-        tiles=tiles.table(segments),
+        tiles=tiles.table(segments, merged),
         overlays=tiles.overlays(segments),
-        head_tiles=tiles.table(head_segments),
+        head_tiles=tiles.table(head_segments, merged),
         head_overlays=tiles.overlays(head_segments),
         pages=buffer.pages,
         pool=buffer.pool,

@@ -23,23 +23,20 @@ from loraswarm.config import Dtype, EngineConfig
 from loraswarm.core.base_shape import BaseShape
 from loraswarm.core.client import EngineInfo
 from loraswarm.core.cost_model import CostFigures
-from loraswarm.engine.devices import (
-    default_pool_bytes,
-    load_kernels,
-    memory_report,
-    resolve_device,
-    set_threads,
-)
+from loraswarm.engine.devices import load_kernels, memory_report, resolve_device, set_threads
 from loraswarm.engine.engine import Engine, EngineParts
-from loraswarm.engine.headroom import graph_bytes, step_bytes
 from loraswarm.engine.loader import Loader, ThreadLoader
 from loraswarm.engine.loader_jobs import JobFailed, ScanDone, ScanJob
 from loraswarm.engine.loader_process import ProcessLoader
 from loraswarm.engine.loader_worker import LoadWorker, WorkerSpec
+from loraswarm.engine.merge_holds import MergeHolds
+from loraswarm.engine.merge_setup import merge_at_start, resolve_merge
+from loraswarm.engine.merging import Merger
 from loraswarm.engine.model_runner import ModelRunner
 from loraswarm.engine.policies import FirstComeFirstServed
 from loraswarm.engine.residency import Residency
 from loraswarm.engine.scheduler import Scheduler, StepLimits
+from loraswarm.engine.sizing import size_memory
 from loraswarm.engine.wakeup import Wakeup, wait_readable
 from loraswarm.errors import ConfigError
 from loraswarm.memory.costs import CostModel
@@ -125,7 +122,7 @@ def _build(config: EngineConfig, loader: Loader, model: Model, report: Report) -
     decoder = _load(model, backend, report)
     backend.kernels.warm_up(config.dtype, lambda line: report(f"kernel {line}"))
     geometry = page_geometry(model_config.shape(), dtype.itemsize)
-    config = _size_pool(config, geometry, decoder, backend)
+    config = size_memory(resolve_merge(config, decoder, report), geometry, decoder, backend)
     info = _info(config, path, decoder, geometry)
     unknown = [token_id for token_id in eos_token_ids(path) if token_id >= info.vocab_size]
     if unknown:
@@ -137,7 +134,13 @@ def _build(config: EngineConfig, loader: Loader, model: Model, report: Report) -
     failures = _fill(catalog, loader, model_config.shape(), report)
     base = Base(decoder, backend, report)
     adapters = Adapters(catalog, loader, failures)
-    return _assemble(config, info, adapters, base, CostModel(figures))
+    engine = _assemble(config, info, adapters, base, CostModel(figures))
+    try:
+        merge_at_start(engine, config, report)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
 
 
 def _load(model: Model, backend: Backend, report: Report) -> Decoder:
@@ -264,17 +267,24 @@ def _assemble(
     copier = PageCopier(buffer, tiles, wakeup.wake)
     residency = Residency(loader, host, copier, memory, catalog)
     limits = StepLimits(config.max_num_sequences, config.max_step_tokens)
+    scheduler = Scheduler(memory, FirstComeFirstServed(), residency, limits)
+    runner = ModelRunner(decoder, buffer, tiles, graphs)
+    merger = None
+    if config.merge_bytes is not None:
+        holds = MergeHolds(catalog, residency, memory, scheduler.needs)
+        merger = Merger(runner, tiles, buffer, holds, config.merge_bytes)
     parts = EngineParts(
         catalog=catalog,
         loader=loader,
         host=host,
         copier=copier,
         wakeup=wakeup,
-        runner=ModelRunner(decoder, buffer, tiles, graphs),
+        runner=runner,
         memory=memory,
         residency=residency,
-        scheduler=Scheduler(memory, FirstComeFirstServed(), residency, limits),
+        scheduler=scheduler,
         store_failures=failures,
+        merger=merger,
     )
     return Engine(info, parts, config.seed, config.refresh_interval_s)
 
@@ -313,41 +323,6 @@ def _resolve(config: EngineConfig, dtype: torch.dtype) -> EngineConfig:
         num_threads=num_threads,
         host_cache_bytes=host_cache_bytes,
     )
-
-
-def _size_pool(
-    config: EngineConfig, geometry: PageGeometry, decoder: Decoder, backend: Backend
-) -> EngineConfig:
-    """Fill in the pool's bytes and the context length; both must be possible together."""
-    pool_bytes, limit = config.pool_bytes, decoder.config.max_position
-    if pool_bytes is None:
-        sizes = config.max_step_tokens, config.max_num_sequences
-        try:
-            num_bytes = step_bytes(decoder, backend, geometry, *sizes)
-            num_bytes += graph_bytes(decoder, backend, geometry, config.max_num_sequences)
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"a step of {config.max_step_tokens} tokens does not fit beside the weights:"
-                f" {memory_report(backend.device)}; lower max_step_tokens"
-            ) from error
-        pool_bytes = default_pool_bytes(backend.device, config.memory_utilization, num_bytes)
-    pool_tokens = pool_bytes // geometry.page_bytes * geometry.page_tokens
-    if pool_tokens == 0:
-        raise ConfigError(
-            f"pool_bytes is {pool_bytes:,}; one page of this model takes {geometry.page_bytes:,}"
-            f" ({memory_report(backend.device)})"
-        )
-    if config.max_model_len is not None and config.max_model_len > limit:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len:,}; this model was made for {limit:,} tokens"
-        )
-    if config.max_model_len is not None and config.max_model_len > pool_tokens:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len:,}; the pool of {pool_bytes:,} bytes holds "
-            f"{pool_tokens:,} tokens (--pool-bytes)"
-        )
-    max_model_len = config.max_model_len or min(limit, pool_tokens)
-    return dataclasses.replace(config, pool_bytes=pool_bytes, max_model_len=max_model_len)
 
 
 def _info(

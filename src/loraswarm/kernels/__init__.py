@@ -158,6 +158,21 @@ class Kernels(Protocol):
 
     def pack_linear(self, weight_OI: Tensor) -> Any | None: ...
 
+    def empty_linear(self, weight: Any) -> Any: ...
+
+    def linear_norm(self, weight: Any) -> float: ...
+
+    def merge_linear_(
+        self,
+        merged: Any,
+        weight: Any,
+        pool: Tensor,
+        tiles: TileTable,
+        first_site: int,
+        out_bounds: tuple[int, ...],
+        rows: tuple[int, int],
+    ) -> None: ...
+
     def linear(
         self, x_TI: Tensor, weight: Any, bias_O: Tensor | None, is_float32: bool = False
     ) -> Tensor: ...

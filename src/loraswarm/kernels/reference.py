@@ -16,6 +16,10 @@ from torch import Tensor
 
 from loraswarm.kernels import MAX_TILE_RANKS, AttentionWork, HeadNorms, TileTable
 from loraswarm.kernels.arguments import check_add_rms_norm, check_rotate, check_silu_multiply
+from loraswarm.kernels.pool_views import pool_rows, pool_vector
+from loraswarm.kernels.reference_merging import empty_linear as empty_linear
+from loraswarm.kernels.reference_merging import linear_norm as linear_norm
+from loraswarm.kernels.reference_merging import merge_linear_ as merge_linear_
 
 
 def lora_shrink(
@@ -42,7 +46,7 @@ def lora_shrink(
         for begin, end, tile, column in _segment_tiles(tiles, first_site + part):
             ranks = int(tiles.ranks[tile])
             a_at, a_stride = int(tiles.a_offset[tile]), int(tiles.a_stride[tile])
-            a_RI = _rows(pool, a_at, a_stride, (ranks, in_features))
+            a_RI = pool_rows(pool, a_at, a_stride, (ranks, in_features))
             h_QTR[part, begin:end, column : column + ranks] = x_TI[begin:end].float() @ a_RI.T
     return h_QTR
 
@@ -89,8 +93,8 @@ def lora_expand_(
                 column = MAX_TILE_RANKS * (tile - first)
                 h_TR = h_QTR[part, begin:end, column : column + int(tiles.ranks[tile])]
                 sum_TO = sum_TO + _tile_update(h_TR, pool, tiles, tile, width)
-            gain_O = _vector(pool, gain_at, width, absent=1.0)
-            constant_O = _vector(pool, constant_at, width, absent=0.0)
+            gain_O = pool_vector(pool, gain_at, width, absent=1.0)
+            constant_O = pool_vector(pool, constant_at, width, absent=0.0)
             y_part.copy_((gain_O * sum_TO + constant_O).to(y_TO.dtype))
 
 
@@ -369,29 +373,10 @@ def _segment_tiles(tiles: TileTable, site: int) -> Iterator[tuple[int, int, int,
 def _tile_update(h_TR: Tensor, pool: Tensor, tiles: TileTable, tile: int, width: int) -> Tensor:
     """v * ((scale * u * h) @ Bt) of one tile: [T, O] float32."""
     ranks = h_TR.shape[1]
-    bt_RO = _rows(pool, int(tiles.bt_offset[tile]), int(tiles.bt_stride[tile]), (ranks, width))
-    u_R = _vector(pool, int(tiles.u_offset[tile]), ranks, absent=1.0)
-    v_O = _vector(pool, int(tiles.v_offset[tile]), width, absent=1.0)
+    bt_RO = pool_rows(pool, int(tiles.bt_offset[tile]), int(tiles.bt_stride[tile]), (ranks, width))
+    u_R = pool_vector(pool, int(tiles.u_offset[tile]), ranks, absent=1.0)
+    v_O = pool_vector(pool, int(tiles.v_offset[tile]), width, absent=1.0)
     return v_O * ((float(tiles.scale[tile]) * u_R * h_TR) @ bt_RO)
-
-
-def _rows(pool: Tensor, offset: int, stride: int, shape: tuple[int, int]) -> Tensor:
-    num_rows, width = shape
-    last = offset + (num_rows - 1) * stride + width
-    _require(stride >= width, "tiles.a_stride or tiles.bt_stride is less than a row")
-    inside = offset >= 0 and last <= pool.numel()
-    _require(inside, "a tile lies outside of the pool: tiles.a_offset or tiles.bt_offset")
-    return pool[offset:last].as_strided(shape, (stride, 1)).float()
-
-
-def _vector(pool: Tensor, offset: int, size: int, absent: float) -> Tensor:
-    """A float32 vector of the pool, or `absent` everywhere where the offset is -1."""
-    if offset < 0:
-        return torch.full((size,), absent)
-    floats = pool.view(torch.float32)
-    inside = offset + size <= floats.numel()
-    _require(inside, "a vector lies outside of the pool: tiles.u_offset, v_offset or gain_offset")
-    return floats[offset : offset + size]
 
 
 def _require(holds: bool, message: str) -> None:

@@ -84,6 +84,50 @@ def weighted_sum(terms: Sequence[tuple[AdapterTiles, float]]) -> AdapterTiles:
     )
 
 
+def signed_sum(
+    own: AdapterTiles | None, terms: Sequence[tuple[AdapterTiles, np.ndarray]]
+) -> AdapterTiles | None:
+    """What is left for tokens to add where weights are merged: at each site the sum of the tiles of
+    each term times its weight there.
+
+    `terms` are (tiles, weight by site [sites] float32, NaN where the term has none). Gains
+    are those of `own`: nothing merges them. None if nothing is left.
+    """
+    kept = [_weighted(tiles, weight_M) for tiles, weight_M in terms]
+    kept = [(site_N, columns) for site_N, columns in kept if site_N.size]
+    gain_offset = None if own is None else own.gain_offset
+    if not kept:
+        if own is None or not own.has_gains:
+            return None
+        return AdapterTiles(np.zeros_like(own.starts), _none_of(own.columns), own.gain_offset)
+    site_N = np.concatenate([site_N for site_N, _ in kept])
+    num_sites = len(terms[0][1])
+    if gain_offset is None:
+        gain_offset = np.full((num_sites, 2), NO_VECTOR)
+    order_N = np.argsort(site_N, kind="stable")
+    columns = _concatenated([columns for _, columns in kept])
+    return AdapterTiles(
+        starts=np.searchsorted(site_N[order_N], np.arange(num_sites + 1)),
+        columns=TileColumns(*(column[order_N] for column in columns)),
+        gain_offset=gain_offset,
+    )
+
+
+def _weighted(tiles: AdapterTiles, weight_M: np.ndarray) -> tuple[np.ndarray, TileColumns]:
+    """The sites and columns of the tiles that have a weight, times it."""
+    site_N = np.repeat(np.arange(len(weight_M)), np.diff(tiles.starts))
+    weight_N = weight_M[site_N]
+    columns = tiles.columns._replace(scale=tiles.columns.scale * weight_N)
+    is_kept_N = ~np.isnan(weight_N)
+    if is_kept_N.all():
+        return site_N, columns
+    return site_N[is_kept_N], TileColumns(*(column[is_kept_N] for column in columns))
+
+
+def _none_of(columns: TileColumns) -> TileColumns:
+    return TileColumns(*(column[:0] for column in columns))
+
+
 def join(num_sites: int, segments: Sequence[AdapterTiles | None]) -> BatchTiles:
     """The tiles of each segment (None: the base); segments of the same object share theirs."""
     ranges = np.zeros((num_sites, len(segments), 2), dtype=np.int32)

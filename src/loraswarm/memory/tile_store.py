@@ -24,11 +24,21 @@ from loraswarm.memory.adapter_cache import AdapterLoad, SharedPlace
 from loraswarm.memory.image import AdapterImage, pack_adapter
 from loraswarm.memory.packing import Packing
 from loraswarm.memory.page_buffer import PageBuffer
-from loraswarm.memory.tile_join import NO_VECTOR, AdapterTiles, TileColumns, join, weighted_sum
+from loraswarm.memory.tile_join import (
+    NO_VECTOR,
+    AdapterTiles,
+    TileColumns,
+    join,
+    signed_sum,
+    weighted_sum,
+)
 from loraswarm.memory.tile_layout import NOTHING
 
 Segment = tuple[AdapterMix, int]
+MergedSites = tuple[AdapterKey | None, ...]
+"""By site of the linears, the adapter whose tiles are in the weight in use; () if none is."""
 MAX_KEPT = 4
+MAX_KEPT_SUMS = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +63,11 @@ class TileStore:
 
     A segment is a run of tokens and what acts on them: () the base, one adapter of weight 1, or a
     weighted sum of adapters that neither have gains nor replace weights.
+
+    Where an adapter is merged into a weight, every token gets its update without asking. So there
+    the weight of that adapter is one less in each segment's sum: nothing is left of it for tokens
+    that have it alone, all others subtract it. Gains, biases, overlays, embedding and lm_head are
+    never merged.
     """
 
     def __init__(self, buffer: PageBuffer, shape: BaseShape) -> None:
@@ -65,6 +80,8 @@ class TileStore:
         self._joined: TileTable | None = None
         self._tables: dict[tuple[Segment, ...], TileTable] = {}
         self._overlays: dict[tuple[Segment, ...], Overlays] = {}
+        self._merged: MergedSites = ()
+        self._sums: dict[AdapterMix, AdapterTiles | None] = {}
 
     def load(self, load: AdapterLoad, adapter: Adapter) -> None:
         """Pack an adapter, copy it into its pages and place it, all at once."""
@@ -116,17 +133,32 @@ class TileStore:
         self._forget_batch()
 
     def drop(self, key: AdapterKey) -> None:
-        """Forget an evicted adapter."""
+        """Forget an evicted adapter, which must not be merged into a weight in use."""
         self._residents.pop(key, None)
         self._forget_batch()
 
-    def table(self, segments: Sequence[Segment]) -> TileTable | None:
-        """The tile table of a batch whose token runs belong to these adapters, in order.
+    def own_table(self, key: AdapterKey) -> TileTable | None:
+        """The tiles of one adapter, as the one segment of a table, for merging them.
+
+        None if it has none at any linear.
+        """
+        tiles = self._residents[key].tiles
+        if tiles.starts[self._shape.num_linears] == 0:
+            return None
+        return replace(_table(self._num_sites, [tiles]), segments=_bounds([1]))
+
+    def table(self, segments: Sequence[Segment], merged: MergedSites = ()) -> TileTable | None:
+        """The tile table of a batch whose token runs belong to these adapters, in order, over
+        weights in which `merged` is.
 
         None if no segment has tiles or gains. Adapters must be loaded; a batch with the same mixes
         in the same order as the last one reuses its arrays, whatever the numbers of tokens. While
-        segments stay the same, as they do in decode, so does the table.
+        segments and `merged` stay the same, as they do in decode, so does the table.
         """
+        if merged != self._merged:
+            self._merged = merged
+            self._sums.clear()
+            self._forget_tables()
         key = tuple(segments)
         if key in self._tables:
             return self._tables[key]
@@ -135,11 +167,10 @@ class TileStore:
             self._joined, self._joined_mixes = self._join(mixes), mixes
         if self._joined is None:
             return None
-        bounds = np.zeros(len(segments) + 1, dtype=np.int32)
-        np.cumsum([num_tokens for _, num_tokens in segments], out=bounds[1:])
         if len(self._tables) == MAX_KEPT:
             self._tables.clear()
-        self._tables[key] = replace(self._joined, segments=torch.from_numpy(bounds))
+        bounds = _bounds([num_tokens for _, num_tokens in segments])
+        self._tables[key] = replace(self._joined, segments=bounds)
         return self._tables[key]
 
     def overlays(self, segments: Sequence[Segment]) -> Overlays:
@@ -195,30 +226,48 @@ class TileStore:
 
     def _join(self, mixes: tuple[AdapterMix, ...]) -> TileTable | None:
         """The table of segments of these mixes, without the segments' bounds."""
-        sums = {mix: self._sum(mix) for mix in dict.fromkeys(mixes) if mix}
-        if not any(tiles.num_tiles or tiles.has_gains for tiles in sums.values()):
+        sums = {mix: self._sum(mix) for mix in dict.fromkeys(mixes)}
+        if not any(tiles and (tiles.num_tiles or tiles.has_gains) for tiles in sums.values()):
             return None
-        joined = join(self._num_sites, [sums.get(mix) for mix in mixes])
-        num_tiles = joined.ranges[:, :, 1] - joined.ranges[:, :, 0]
-        has_gains = (joined.gain_offset != NO_VECTOR).any(axis=(1, 2))
-        columns = {
-            name: torch.from_numpy(column) for name, column in joined.columns._asdict().items()
-        }
-        return TileTable(
-            segments=torch.empty(0, dtype=torch.int32),
-            ranges=torch.from_numpy(joined.ranges),
-            gain_offset=torch.from_numpy(joined.gain_offset),
-            max_tiles=tuple(num_tiles.max(axis=1).tolist()),
-            has_gains=tuple(has_gains.tolist()),
-            **columns,
-        )
+        return _table(self._num_sites, [sums[mix] for mix in mixes])
 
-    def _sum(self, mix: AdapterMix) -> AdapterTiles:
+    def _sum(self, mix: AdapterMix) -> AdapterTiles | None:
+        """What tokens of a mix add to the weights in use; None: nothing."""
+        if not self._merged:
+            return self._plain_sum(mix)
+        if mix not in self._sums:
+            if len(self._sums) == MAX_KEPT_SUMS:
+                self._sums.clear()
+            self._sums[mix] = self._signed_sum(mix)
+        return self._sums[mix]
+
+    def _plain_sum(self, mix: AdapterMix) -> AdapterTiles | None:
+        if not mix:
+            return None
         residents = [(self._residents[key], weight) for key, weight in mix]
         is_single = len(mix) == 1 and mix[0][1] == 1.0
         paths = {path for resident, _ in residents for o in resident.overlays for path in o.paths}
         assert is_single or paths <= {EMBEDDING_A}, "adapters that replace weights are never summed"
         return weighted_sum([(resident.tiles, weight) for resident, weight in residents])
+
+    def _signed_sum(self, mix: AdapterMix) -> AdapterTiles | None:
+        """By site the weight of each adapter, less one where it is merged."""
+        weights: dict[AdapterKey, np.ndarray] = {}
+        for key, weight in mix:
+            weights[key] = weights.get(key, 0) + np.full(self._num_sites, weight, np.float32)
+        sites: dict[AdapterKey, list[int]] = {}
+        for site, merged_key in enumerate(self._merged):
+            if merged_key is not None:
+                sites.setdefault(merged_key, []).append(site)
+        for key, merged_sites in sites.items():
+            if key in weights:
+                left = weights[key][merged_sites] - 1
+                weights[key][merged_sites] = np.where(left == 0, np.nan, left)
+            else:
+                weights[key] = np.full(self._num_sites, np.nan, np.float32)
+                weights[key][merged_sites] = -1
+        terms = [(self._residents[key].tiles, weight_M) for key, weight_M in weights.items()]
+        return signed_sum(self._plain_sum(mix), terms)
 
     def _find_overlays(self, segments: tuple[Segment, ...]) -> Overlays:
         found: dict[str, list[Overlay]] = {}
@@ -237,12 +286,40 @@ class TileStore:
         return {path: tuple(overlays) for path, overlays in found.items()}
 
     def _forget_batch(self) -> None:
+        self._overlays.clear()
+        self._sums.clear()
+        self._forget_tables()
+
+    def _forget_tables(self) -> None:
         self._joined, self._joined_mixes = None, ()
         self._tables.clear()
-        self._overlays.clear()
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._buffer.pool.device)
+
+
+def _table(num_sites: int, segments: Sequence[AdapterTiles | None]) -> TileTable:
+    """The table of segments that run these tiles, without the segments' bounds; some has tiles or
+    gains."""
+    joined = join(num_sites, segments)
+    num_tiles = joined.ranges[:, :, 1] - joined.ranges[:, :, 0]
+    has_gains = (joined.gain_offset != NO_VECTOR).any(axis=(1, 2))
+    columns = {name: torch.from_numpy(column) for name, column in joined.columns._asdict().items()}
+    return TileTable(
+        segments=torch.empty(0, dtype=torch.int32),
+        ranges=torch.from_numpy(joined.ranges),
+        gain_offset=torch.from_numpy(joined.gain_offset),
+        max_tiles=tuple(num_tiles.max(axis=1).tolist()),
+        has_gains=tuple(has_gains.tolist()),
+        **columns,
+    )
+
+
+def _bounds(num_tokens: Sequence[int]) -> Tensor:
+    """Where each segment begins, and the end."""
+    bounds = np.zeros(len(num_tokens) + 1, dtype=np.int32)
+    np.cumsum(num_tokens, out=bounds[1:])
+    return torch.from_numpy(bounds)
 
 
 def _block_offsets(packing: Packing, starts: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ before the first call or `warm_up`. Called by models and by whoever starts an en
 from loraswarm.kernels.cpu.jit import threads
 from loraswarm.kernels.cpu.linear import pack_linear
 from loraswarm.kernels.cpu.lora import linear_shrink, lora_expand_, lora_shrink
+from loraswarm.kernels.cpu.merging import empty_linear, linear_norm, merge_linear_
 from loraswarm.kernels.cpu.paged import paged_attention, rotate_and_write_kv_, write_kv_
 from loraswarm.kernels.cpu.products import linear
 from loraswarm.kernels.cpu.program import programs
@@ -16,12 +17,15 @@ from loraswarm.kernels.cpu.warming import warm_up
 __all__ = [
     "add_rms_norm_",
     "block_maxima",
+    "empty_linear",
     "finish",
     "linear",
+    "linear_norm",
     "linear_shrink",
     "lora_expand_",
     "lora_shrink",
     "max_num_threads",
+    "merge_linear_",
     "pack_linear",
     "paged_attention",
     "recording",

@@ -15,6 +15,7 @@ from loraswarm.kernels.cpu.jit import called
 from loraswarm.kernels.cpu.linear import linear_item
 from loraswarm.kernels.cpu.linear_shrink import linear_shrink_item
 from loraswarm.kernels.cpu.maxima import maxima_item
+from loraswarm.kernels.cpu.merge_panels import merge_item
 from loraswarm.kernels.cpu.norm import add_norm_item
 from loraswarm.kernels.cpu.rotating import rotate_write_item
 from loraswarm.kernels.cpu.shrink import shrink_item
@@ -30,6 +31,7 @@ ROTATE_WRITE = 6
 ATTENTION = 7
 WRITE_KV = 8
 MAXIMA = 9
+MERGE = 10
 
 
 @called
@@ -55,3 +57,5 @@ def run_item(kind: int, arguments: Any, item: int, scratch: Any, like: Any) -> N
         write_kv_item(arguments, item, scratch, like)
     elif kind == MAXIMA:
         maxima_item(arguments, item, scratch, like)
+    elif kind == MERGE:
+        merge_item(arguments, item, scratch, like)

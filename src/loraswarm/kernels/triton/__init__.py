@@ -10,17 +10,21 @@ from loraswarm.kernels.triton.attention import paged_attention
 from loraswarm.kernels.triton.gating import silu_multiply
 from loraswarm.kernels.triton.linear import linear, linear_shrink, pack_linear
 from loraswarm.kernels.triton.lora import lora_expand_, lora_shrink
+from loraswarm.kernels.triton.merging import empty_linear, linear_norm, merge_linear_
 from loraswarm.kernels.triton.norm import add_rms_norm_
 from loraswarm.kernels.triton.rotating import rotate_and_write_kv_, write_kv_
 from loraswarm.kernels.triton.warming import warm_up
 
 __all__ = [
     "add_rms_norm_",
+    "empty_linear",
     "finish",
     "linear",
+    "linear_norm",
     "linear_shrink",
     "lora_expand_",
     "lora_shrink",
+    "merge_linear_",
     "pack_linear",
     "paged_attention",
     "recording",

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from loraswarm.kernels import Kernels
+from loraswarm.kernels import Kernels, reference
 
 X86_MACHINES = ("x86_64", "AMD64")
 TYPICAL_ROWS = 16  # a hint; packed once, the order serves every number of rows
 
 
 class Weight:
-    """One matrix [O, I], computed with but never changed after loading."""
+    """One matrix [O, I], computed with but never changed once it has its values."""
 
     def __init__(self, rows_OI: Tensor) -> None:
         self._rows_OI: Tensor | None = rows_OI
@@ -52,6 +52,12 @@ class Weight:
         return self._rows_OI is None
 
     @property
+    def can_be_merged(self) -> bool:
+        """Whether `blank` gives a weight that an adapter can be merged into: integers cannot hold
+        the sum."""
+        return type(self) is Weight
+
+    @property
     def panels(self) -> Any:
         """What `Kernels.linear` takes, once packed so; None: `multiply` is to be used."""
         return self._panels
@@ -68,6 +74,26 @@ class Weight:
             x_TI, self._onednn_OI, bias_O, "none", [], ""
         )
         return product_TO
+
+    def blank(self, kernels: Kernels) -> Weight:
+        """A weight of this size with no values yet, in the same order; where that is oneDNN's, in
+        row order, to be packed when it is whole. `can_be_merged` must hold."""
+        assert self.can_be_merged
+        if self._panels is None:
+            size = self._onednn_OI if self._rows_OI is None else self._rows_OI
+            assert size is not None
+            device = size.device
+            return Weight(torch.empty(size.shape, dtype=size.dtype, device=device))
+        blank = Weight.__new__(Weight)
+        blank._rows_OI = blank._onednn_OI = None
+        blank._nbytes = self._nbytes
+        blank._panels = kernels.empty_linear(self._panels)
+        return blank
+
+    def norm(self, kernels: Kernels) -> float:
+        """The root of the sum of the squares of all elements."""
+        own = kernels if self._panels is not None else reference
+        return own.linear_norm(self.rows if self._panels is None else self._panels)
 
     def pack_(self, kernels: Kernels | None = None) -> None:
         """Keep a packed order only: that of `kernels`, if they have one for this dtype on this

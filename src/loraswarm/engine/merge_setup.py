@@ -1,0 +1,72 @@
+"""What `--merge` means for one base, and merging at start.
+
+Called by engine/setup.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from loraswarm.config import EngineConfig
+from loraswarm.engine.engine import Engine
+from loraswarm.engine.merging import linears_in_order
+from loraswarm.errors import ConfigError, LoRASwarmError
+from loraswarm.models.decoder import Decoder
+
+MODES = ("off", "auto")
+
+
+def resolve_merge(
+    config: EngineConfig, decoder: Decoder, report: Callable[[str], None]
+) -> EngineConfig:
+    """The config with `merge` off where "auto" has nothing that it could merge into.
+
+    Raises    ConfigError if an adapter is named and cannot be merged into this base.
+    """
+    if config.merge == "off":
+        return dataclasses.replace(config, merge_bytes=None)
+    reason = why_not_merged(decoder)
+    if reason is None:
+        return config
+    if config.merge not in MODES:
+        raise ConfigError(f"--merge {config.merge!r} cannot be: {reason}")
+    report(f"merge=off reason={reason!r}")
+    return dataclasses.replace(config, merge="off", merge_bytes=None)
+
+
+def why_not_merged(decoder: Decoder) -> str | None:
+    """Why no adapter can be merged into this base; None if any can."""
+    if all(linear.weight.can_be_merged for linear in linears_in_order(decoder)):
+        return None
+    return (
+        "the base's matrices are integers, which cannot hold the sum of a weight and an update"
+        " (--quantize)"
+    )
+
+
+def merge_at_start(engine: Engine, config: EngineConfig, report: Callable[[str], None]) -> None:
+    """Merge the adapter that `merge` names, all that there is memory for, and go on with its name:
+    a new generation is merged in the place of the last one.
+
+    Raises    ConfigError with the reason if it is not served or cannot be had.
+    """
+    name = config.merge
+    if name in MODES:
+        return
+    merger = engine.merger
+    assert merger is not None
+    begin_s = time.perf_counter()
+    try:
+        engine.require_adapter(name)
+    except LoRASwarmError as error:
+        raise ConfigError(f"--merge {name!r}: {error}") from error
+    engine.merge_policy = lambda: merger.holds.key_of(name)
+    problem = engine.merge_now()
+    if problem is not None:
+        raise ConfigError(f"--merge {name!r}: {problem}")
+    report(
+        f"merged adapter={name} linears={merger.num_merged} share={merger.share_merged:.2f}"
+        f" bytes={merger.bytes} seconds={time.perf_counter() - begin_s:.1f}"
+    )

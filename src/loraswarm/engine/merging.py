@@ -1,0 +1,317 @@
+"""Which adapter is in the weights in use, and the way there: a few rows at a time, between steps.
+
+Owns the merged copies and their memory; the base's weights are read only. Decides no policy: it is
+told a target. Any mix of merged and unmerged linears is exact (memory/tile_store), so a switch may
+stop anywhere. Called by the engine between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from loraswarm.core.sequence import AdapterKey
+from loraswarm.engine.merge_holds import MergeHolds
+from loraswarm.engine.model_runner import ModelRunner
+from loraswarm.kernels import TileTable
+from loraswarm.kernels.reference_merging import MERGE_ROWS
+from loraswarm.memory.page_buffer import PageBuffer
+from loraswarm.memory.tile_store import TileStore
+from loraswarm.models.decoder import Decoder
+from loraswarm.models.layers.linear import LoraLinear
+from loraswarm.models.layers.merging import MergedCopy
+from loraswarm.models.layers.weight import Weight
+
+FIRST_S_PER_BYTE = 1 / 2e9
+"""Of the base's bytes, until it has been measured."""
+LEARNING_SHARE = 0.25
+MIN_LEARNED_BYTES = 1 << 16
+MAX_UPDATE = 1.0
+"""Of a weight's norm, what an update may have that is merged into it. Tokens without the adapter
+get the difference of two products; the larger what cancels, the more of its rounding stays."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """One linear: the copy it has memory for, and the adapter in it while that is in use."""
+
+    linear: LoraLinear
+    num_bytes: int
+    norm: float | None = None
+    copy: Weight | None = None
+    key: AdapterKey | None = None
+
+
+class Merger:
+    """Merges one adapter after another into copies of the linears' weights.
+
+        target a     | base | base | base |     the copies are made in order, attention first
+                     |  a   |  a   | base |     each is used as soon as it is whole
+        target b     |  b   |  a   | base |     one that has another adapter is the base's again
+        target None  | base | base | base |     at once, and the memory is given back
+
+    An adapter is pinned in its pages while it is in a weight or on its way there.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        tiles: TileStore,
+        buffer: PageBuffer,
+        holds: MergeHolds,
+        budget_bytes: int,
+    ) -> None:
+        """The copies take at most `budget_bytes`; linears beyond that stay unmerged."""
+        self._runner = runner
+        self._tiles = tiles
+        self._buffer = buffer
+        self.holds = holds
+        self.budget_bytes = budget_bytes
+        self._places = [
+            _Place(linear, linear.weight.nbytes) for linear in linears_in_order(runner.decoder)
+        ]
+        self._target: AdapterKey | None = None
+        self._table: TileTable | None = None
+        self._todo: list[_Place] | None = None
+        self._making: tuple[_Place, MergedCopy] | None = None
+        self._s_per_byte = FIRST_S_PER_BYTE
+        self.num_switches = 0
+
+    @property
+    def target(self) -> AdapterKey | None:
+        """The adapter that the weights are to have in them."""
+        return self._target
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to do for the target."""
+        return self._target is None or self._todo == []
+
+    @property
+    def bytes(self) -> int:
+        """What the copies take now."""
+        making = self._making[0] if self._making is not None else None
+        places = (place for place in self._places if place.copy is not None or place is making)
+        return sum(place.num_bytes for place in places)
+
+    @property
+    def num_merged(self) -> int:
+        """Linears with any adapter in the weight in use."""
+        return sum(place.key is not None for place in self._places)
+
+    @property
+    def share_merged(self) -> float:
+        """Of the bytes of the linears that the target changes, those in use with it; 0 without a
+        target, or while its tiles are not known."""
+        if self._table is None:
+            return 0.0
+        changed = [place for place in self._places if self._changes(place)]
+        merged = sum(place.num_bytes for place in changed if place.key == self._target)
+        return merged / sum(place.num_bytes for place in changed)
+
+    @property
+    def bytes_left(self) -> int:
+        """Bytes of weights that are still to be merged for the target; all that may be merged,
+        while its tiles are not known."""
+        if self._target is None:
+            return 0
+        if self._todo is None:
+            return min(self.budget_bytes, sum(place.num_bytes for place in self._places))
+        left = sum(place.num_bytes for place in self._todo)
+        if self._making is not None:
+            copy = self._making[1]
+            left -= copy.row_bytes * (copy.num_rows - copy.num_left)
+        return left
+
+    @property
+    def s_per_byte(self) -> float:
+        """Seconds that merging a byte of weights takes, as it was learned."""
+        return self._s_per_byte
+
+    def set_target(self, key: AdapterKey | None) -> None:
+        """Have this adapter in the weights from now on; None: the base's alone, at once.
+
+        Nothing happens if it is the target already. `advance` does the work; what is merged of
+        another adapter stays until its place is needed.
+        """
+        if key == self._target:
+            return
+        self.num_switches += 1
+        log.info("merge target=%s before=%s", _name(key), _name(self._target))
+        self._target = key
+        self._drop_plan()
+        if key is None:
+            self._restore(lambda place: True)
+        self._release_idle()
+
+    def advance(self, budget_s: float) -> None:
+        """Go on towards the target for about so many seconds, at least a few rows.
+
+        What is served no more leaves the weights at once, whatever the budget.
+        """
+        self._leave_stale()
+        key = self._target
+        if key is None or self.is_settled:
+            return
+        if not self.holds.try_hold(key):
+            return
+        if self._todo is None:
+            self._make_plan(key)
+        end_s = time.perf_counter() + budget_s
+        while self._todo and self._extend(key, end_s):
+            pass
+        self._runner.is_switching = bool(self._todo)
+        if not self._todo:
+            self._release_idle()
+            log.info("merged adapter=%s linears=%d bytes=%d", key[0], self.num_merged, self.bytes)
+
+    def give_way(self) -> bool:
+        """Use the base's weights and take back every pin, since requests need the pages; whether
+        there was any. The target stays, and is merged again when there is room."""
+        if not self.holds.keys:
+            return False
+        self._drop_plan()
+        self._restore(lambda place: True)
+        self._release_idle()
+        for key in self.holds.keys:
+            self.holds.release(key)
+        log.info("unmerged target=%s: requests need its pages", _name(self._target))
+        return True
+
+    def close(self) -> None:
+        """The base's weights are in use again, and the copies' memory is given back."""
+        self._target = None
+        self._drop_plan()
+        self._restore(lambda place: True)
+
+    def _leave_stale(self) -> None:
+        """Restore what has an adapter in it that is served no more, and let that go."""
+        wanted = (*self.holds.keys, self._target)
+        stale = {key for key in wanted if key is not None and not self.holds.is_current(key)}
+        if not stale:
+            return
+        if self._target in stale:
+            self._target = None
+            self._drop_plan()
+        self._restore(lambda place: place.key in stale)
+        self._release_idle()
+
+    def _make_plan(self, key: AdapterKey) -> None:
+        """Which linears the target is merged into: those it changes, as far as the budget goes. The
+        others give back their copies."""
+        self._table = self._tiles.own_table(key)
+        planned, num_bytes = [], 0
+        for place in self._places:
+            if self._changes(place) and num_bytes + place.num_bytes <= self.budget_bytes:
+                planned.append(place)
+                num_bytes += place.num_bytes
+        self._restore(lambda place: place not in planned)
+        self._todo = [place for place in planned if place.key != key]
+
+    def _changes(self, place: _Place) -> bool:
+        linear = place.linear
+        table = self._table
+        return table is not None and table.part_tiles(linear.first_site, linear.num_parts) > 0
+
+    def _extend(self, key: AdapterKey, end_s: float) -> bool:
+        """Merge some rows of the next linear; whether there is time for more."""
+        assert self._todo
+        assert self._table is not None
+        begin_s = time.perf_counter()
+        if self._making is None:
+            place = self._todo[0]
+            if self._is_too_large(place, key):
+                self._todo.remove(place)
+                self._restore(lambda other: other is place)
+                return bool(self._todo) and time.perf_counter() < end_s
+            self._making = place, self._begin(place)
+        place, copy = self._making
+        num_rows = copy.num_left
+        if math.isfinite(end_s):
+            num_rows = int((end_s - begin_s) / (self._s_per_byte * copy.row_bytes))
+        num_bytes = copy.extend(num_rows, self._buffer.pool, self._table)
+        if self._buffer.pool.is_cuda:
+            torch.cuda.synchronize(self._buffer.pool.device)
+        now_s = time.perf_counter()
+        if num_bytes >= MIN_LEARNED_BYTES:
+            learned = (now_s - begin_s) / num_bytes
+            self._s_per_byte += LEARNING_SHARE * (learned - self._s_per_byte)
+        if copy.num_left == 0:
+            self._end(place, copy, key)
+        least_s = MERGE_ROWS * copy.row_bytes * self._s_per_byte
+        return now_s + least_s <= end_s
+
+    def _is_too_large(self, place: _Place, key: AdapterKey) -> bool:
+        """Whether the linear stays unmerged, since the update is larger than the weight."""
+        assert self._table is not None
+        if place.norm is None:
+            place.norm = place.linear.weight_norm()
+        norm = place.linear.update_norm(self._buffer.pool, self._table)
+        if norm <= MAX_UPDATE * place.norm:
+            return False
+        path = ", ".join(path for path, _ in place.linear.parts())
+        log.info(
+            "not merged adapter=%s: norm %.3g is more than that of %s, %.3g",
+            *(key[0], norm, path, place.norm),
+        )
+        return True
+
+    def _begin(self, place: _Place) -> MergedCopy:
+        """A copy in place of what is merged there, which is in use no more."""
+        spare, place.copy = place.copy, None
+        self._use_base(place)
+        return place.linear.start_merging(spare)
+
+    def _end(self, place: _Place, copy: MergedCopy, key: AdapterKey) -> None:
+        """Use a copy that is whole."""
+        assert self._todo
+        self._todo.remove(place)
+        self._making = None
+        if not copy.is_finite:
+            path = ", ".join(path for path, _ in place.linear.parts())
+            log.warning("not merged adapter=%s: float16 cannot hold it in %s", key[0], path)
+            return
+        place.copy, place.key = copy.weight, key
+        self._runner.use(place.linear, copy.weight, key)
+
+    def _use_base(self, place: _Place) -> None:
+        if place.key is not None:
+            place.key = None
+            self._runner.use(place.linear, None, None)
+
+    def _restore(self, is_chosen: Callable[[_Place], bool]) -> None:
+        """Use the base's weights in these places and give back the copies' memory."""
+        for place in self._places:
+            if is_chosen(place):
+                self._use_base(place)
+                place.copy = None
+
+    def _drop_plan(self) -> None:
+        """Forget what was being made, whose memory goes."""
+        self._todo = self._table = self._making = None
+        self._runner.is_switching = False
+
+    def _release_idle(self) -> None:
+        """Let go of adapters that are neither merged nor the target."""
+        used = {place.key for place in self._places} | {self._target}
+        for key in self.holds.keys:
+            if key not in used:
+                self.holds.release(key)
+
+
+def linears_in_order(decoder: Decoder) -> list[LoraLinear]:
+    """The linears in the order in which they are merged: those of attention first, since they make
+    half of the low-rank operations of a step for a fifth of the bytes."""
+    layers = [layer.linears() for layer in decoder.layers]
+    qkv_and_o = [linear for linears in layers for linear in linears[:2]]
+    return qkv_and_o + [linear for linears in layers for linear in linears[2:]]
+
+
+def _name(key: AdapterKey | None) -> str:
+    return "none" if key is None else key[0]
