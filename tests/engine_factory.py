@@ -54,8 +54,9 @@ def save_swarm(
 
 
 def make_engine(path: Path, report: Report | None = None, **options: Any) -> Engine:
-    """The engine of a saved swarm; small pool and context, and no prefix cache, which would let
-    one request answer with what another has computed, unless `options` say otherwise."""
+    """The engine of a saved swarm; small pool and context, nothing captured before it is needed,
+    and no prefix cache, which would let one request answer with what another has computed, unless
+    `options` say otherwise."""
     defaults = {
         "device": DEVICE.type,
         "model": str(path / "model"),
@@ -65,6 +66,7 @@ def make_engine(path: Path, report: Report | None = None, **options: Any) -> Eng
         "seed": 0,
         "host_cache_bytes": 64 << 20,
         "prefix_caching": False,
+        "capture_at_start": False,
     }
     config = EngineConfig.from_options(defaults | options)
     return build_engine(config, report) if report else build_engine(config)

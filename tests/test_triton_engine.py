@@ -63,6 +63,9 @@ def test_an_engine_generates_what_it_does_on_the_cpu(tmp_path, monkeypatch):
     if DEVICE.type == "cpu":
         monkeypatch.setattr(setup, "load_kernels", lambda device: triton)
         monkeypatch.setattr(setup, "_graphs", repeated)
-    assert run_tokens(make_engine(tmp_path), requests) == expected
+    lines = []
+    engine = make_engine(tmp_path, lines.append, capture_at_start=True, max_num_sequences=8)
+    assert sum("captured base decode steps" in line for line in lines) == 1
+    assert run_tokens(engine, requests) == expected
     assert len(set(map(tuple, expected.values()))) == len(adapters)
     assert DEVICE.type == "cuda" or graphs[0]._graphs
