@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -95,6 +96,10 @@ class Machine:
     def merge_costs(self, budget_share: float = 0.1) -> MergeCosts:
         """What a policy is told beforehand."""
         return MergeCosts(step=self.figures.step, merge_s=self.merge_s, budget_share=budget_share)
+
+    def infos_of(self, ranks: Mapping[str, int]) -> list[AdapterInfo]:
+        """Adapters of these ranks, by name."""
+        return [make_info(name, rank) for name, rank in ranks.items()]
 
     def bytes_of(self, info: AdapterInfo) -> int:
         """What the adapter takes in pages."""

@@ -19,8 +19,9 @@ from loraswarm.engine.policies.merging import MergePolicy, MergeView, OpenReques
 from loraswarm.engine.scheduler import Scheduler, StepLimits
 from loraswarm.engine.step import ChunkResult, Step
 from loraswarm.engine.supply import EverythingAtHand
+from loraswarm.errors import ConfigError
 from loraswarm.memory.memory import Memory, MemoryOptions
-from loraswarm.simulate.machine import GEOMETRY, SHAPE, Machine, Switcher, make_info
+from loraswarm.simulate.machine import GEOMETRY, SHAPE, Machine, Switcher
 from loraswarm.simulate.traces import Trace, TraceRequest
 
 NUM_PAGES = 21_845  # 4 GiB
@@ -63,7 +64,10 @@ class Run:
 
 
 class Replay:
-    """One run of a trace; `budget_share` of each step may be spent on switching beside it."""
+    """One run of a trace; `budget_share` of each step may be spent on switching beside it.
+
+    Raises   ConfigError for a request that the pool cannot hold.
+    """
 
     def __init__(
         self, trace: Trace, machine: Machine, policy: MergePolicy, budget_share: float = 0.1
@@ -72,7 +76,7 @@ class Replay:
         self._machine = machine
         self._policy = policy
         self._budget_share = budget_share
-        self._infos = {name: make_info(name, rank) for name, rank in trace.ranks.items()}
+        self._infos = {info.name: info for info in machine.infos_of(trace.ranks)}
         self._bytes = {info.key: machine.bytes_of(info) for info in self._infos.values()}
         self._now_s = 0.0
         self._order = 0
@@ -89,6 +93,7 @@ class Replay:
             clock=lambda: self._now_s,
         )
         self._found = Run()
+        self._require_fit(trace)
 
     def run(self) -> Run:
         """Serve every request to its end."""
@@ -101,6 +106,16 @@ class Replay:
         self._scheduler.check()
         self._found.num_switches = self._switcher.total
         return self._found
+
+    def _require_fit(self, trace: Trace) -> None:
+        longest = max(trace.requests, key=lambda one: one.prompt_tokens + one.output_tokens)
+        num_tokens = longest.prompt_tokens + longest.output_tokens
+        limit = self._scheduler.max_sequence_tokens(tuple(self._infos.values()))
+        if num_tokens > limit:
+            raise ConfigError(
+                f"trace {trace.name} has a request of {num_tokens:,} tokens; the simulated pool"
+                f" holds {limit:,} beside its adapters"
+            )
 
     def _arrive(self, request: TraceRequest) -> None:
         request_id = str(self._order)

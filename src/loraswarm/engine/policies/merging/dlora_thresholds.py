@@ -75,7 +75,7 @@ def measured_constants(
     unmerged_s = step.step_s(work)
     merged_s = unmerged_s - lora_s(step, work)
     batch_credit = unmerged_s / (merged_s * batch)
-    credit_span = batch_credit * STARVED_S / merged_s
+    credit_span = batch_credit / 2 * STARVED_S / merged_s  # a step may bring but half of it
     return DloraConstants(
         batch=batch,
         merged_s=merged_s,

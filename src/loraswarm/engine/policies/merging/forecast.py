@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.policies.merging.view import OpenRequest
 
-FAST_STEPS = 12.0
+FAST_STEPS = 48.0
 SLOW_STEPS = 256.0
 SURPRISE = 3.0
 """Deviations of the fast average from the slow one that are taken for a change of the traffic."""
@@ -43,7 +43,7 @@ class Arrivals:
         self.slow_window_s = min(slow_s, max(self.slow_window_s, fast_s) + gap_s)
         self.fast = _averaged(self.fast, num, gap_s, fast_s)
         self.slow = _averaged(self.slow, num, gap_s, self.slow_window_s)
-        chance = max(self.slow, 1.0 / slow_s) / (2.0 * fast_s)
+        chance = max(self.slow, 1.0 / fast_s) / (2.0 * fast_s)
         if abs(self.fast - self.slow) > SURPRISE * math.sqrt(chance):
             self.slow, self.slow_window_s = self.fast, fast_s
 
@@ -71,11 +71,13 @@ class Forecast:
             if request.request_id not in self._open:
                 new.setdefault(request.adapter, []).append(request)
         self._note_ends(requests)
+        is_first = self._seen_s is None
         gap_s = 0.0 if self._seen_s is None else max(0.0, now_s - self._seen_s)
         if gap_s < MIN_SPAN_S and not new:
             return
         self._seen_s = now_s
-        self._count(new, gap_s, max(step_s, MIN_SPAN_S))
+        # What is there at first came at no known rate.
+        self._count({} if is_first else new, gap_s, max(step_s, MIN_SPAN_S))
 
     def outputs_of(self, request: OpenRequest) -> float:
         """Tokens that it is expected to generate still."""
