@@ -13,7 +13,7 @@ from loraswarm.engine.policies.merging.cost import CostPolicy
 from loraswarm.engine.policies.merging.effect import lora_s, merged_work, shared_lora_s
 from loraswarm.engine.policies.merging.forecast import Forecast
 from loraswarm.engine.policies.merging.learned import LearnedCosts
-from loraswarm.engine.policies.merging.outlook import BOUNDS, NUM_INTERVALS, Outlook
+from loraswarm.engine.policies.merging.outlook import BOUNDS, SPANS, Outlook
 from merge_cases import COSTS, MEASURED, MEGABYTE, STEP_S, key, requests_of, seen, view_of
 
 A = key("a")
@@ -57,7 +57,7 @@ def test_the_forecasts_gain_is_the_difference_that_merging_makes(names):
     policy = CostPolicy(MEASURED)
     policy.learned._lora_variance = 0.0
     view = view_of("", requests=requests_of(names, outputs=10**6))
-    outlook = Outlook.of(view, Forecast(), STEP_S)
+    outlook = Outlook.of(view, Forecast(), lambda num_tokens: STEP_S)
     work = work_of(names)
     merged = merged_work(work, names.count("a"), 20 * MEGABYTE)
     gain_s = lora_s(COSTS, work) - lora_s(COSTS, merged)
@@ -165,8 +165,18 @@ def test_waiting_requests_are_expected_when_a_seat_is_free():
     running = requests_of("a" * 2, outputs=20)
     waiting = requests_of("..b", outputs=5, num_running=0)[2:]
     view = view_of("", requests=running + waiting, num_seats=2)
-    loads = Outlook.of(view, Forecast(), STEP_S).loads
+    loads = Outlook.of(view, Forecast(), lambda num_tokens: STEP_S).loads
     assert sum(loads[A].tokens) == pytest.approx(40)
     tokens = loads[key("b")].tokens
     assert sum(tokens) == pytest.approx(5)
-    assert [place for place in range(NUM_INTERVALS) if tokens[place]] == [2]
+    assert [place for place in range(len(SPANS)) if tokens[place]] == [2]
+
+
+def test_prompts_are_expected_one_after_the_other_as_chunks_allow():
+    requests = requests_of("ab", outputs=3, prefill=2032)
+    view = view_of("", requests=requests, num_seats=2, max_step_tokens=256)
+    outlook = Outlook.of(view, Forecast(), lambda num_tokens: num_tokens)
+    first, second = (outlook.loads[key(name)] for name in "ab")
+    assert first.tokens == pytest.approx([1016, 1019, 0, 0, 0, 0])  # 254 tokens in each of 8 steps
+    assert second.tokens == pytest.approx([0, 1016, 1019, 0, 0, 0])
+    assert outlook.step_s[0] == pytest.approx(254)

@@ -28,15 +28,14 @@ from dataclasses import dataclass
 from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.policies.merging.forecast import Forecast
 from loraswarm.engine.policies.merging.learned import LearnedCosts
-from loraswarm.engine.policies.merging.outlook import (
-    Outlook,
-    chance_of_none,
-    lengths,
-)
+from loraswarm.engine.policies.merging.outlook import SPANS, Load, Outlook, chance_of_none
 from loraswarm.engine.policies.merging.view import MergeCosts, MergeDecision, MergeView, StepSeen
 
 MAX_RIVALS = 4
-DEVIATIONS = 1.0
+NO_LOAD = Load()
+EVERY_STEPS = 4
+"""Decisions until the next one is thought over though the same requests are open."""
+DEVIATIONS = 2.0
 """How many deviations of its forecast a change of target must pay for."""
 
 
@@ -63,31 +62,43 @@ class CostPolicy:
         self._budget_share = costs.budget_share
         self.learned = LearnedCosts.of(costs)
         self.forecast = Forecast()
+        self._last_seen: tuple[object, ...] = ()
+        self._last: AdapterKey | None = None
+        self._num_steps = 0  # since the last decision that was thought over
 
     def decide(self, view: MergeView) -> MergeDecision:
-        step_s = self.learned.mean_step_s or self.learned.step.fixed_s
-        self.forecast.saw(view.requests, view.now_s, step_s)
         target = view.target if view.target in view.mergeable else None
-        if not view.requests:
+        requests = view.requests
+        if not requests:
             return MergeDecision(target)
-        outlook = Outlook.of(view, self.forecast, step_s)
-        return MergeDecision(self._best(view, outlook, step_s, target))
+        self._num_steps += 1
+        num_running = sum(request.is_running for request in requests)
+        ends = requests[0].request_id, requests[-1].request_id
+        found = (view.target, target, view.merged, len(requests), num_running, ends)
+        if found == self._last_seen and self._num_steps < EVERY_STEPS:
+            return MergeDecision(self._last if self._last in view.mergeable else None)
+        usual_s = self.learned.mean_step_s or self.learned.step.fixed_s
+        self.forecast.saw(requests, view.now_s, usual_s, self._num_steps)
+        outlook = Outlook.of(view, self.forecast, self.learned.base_step_s)
+        self._num_steps, self._last_seen = 0, found
+        self._last = self._best(view, outlook, target)
+        return MergeDecision(self._last)
 
     def saw_step(self, seen: StepSeen) -> None:
         self.learned.saw_step(seen)
 
     def _best(
-        self, view: MergeView, outlook: Outlook, step_s: float, target: AdapterKey | None
+        self, view: MergeView, outlook: Outlook, target: AdapterKey | None
     ) -> AdapterKey | None:
         least_s = 0.0
         if target is not None:
-            kept = self._value(target, view, outlook, step_s)
+            kept = self._value(target, view, outlook)
             if kept.perhaps_s < 0.0:
                 target = None
             else:
                 least_s = max(0.0, kept.seconds)
         for rival in self._rivals(view, outlook, target):
-            value_s = self._value(rival, view, outlook, step_s).surely_s
+            value_s = self._value(rival, view, outlook).surely_s
             if value_s > least_s:
                 target, least_s = rival, value_s
         return target
@@ -103,21 +114,19 @@ class CostPolicy:
         }
         return sorted(work, key=lambda name: -work[name])[:MAX_RIVALS]
 
-    def _value(
-        self, adapter: AdapterKey, view: MergeView, outlook: Outlook, step_s: float
-    ) -> Value:
+    def _value(self, adapter: AdapterKey, view: MergeView, outlook: Outlook) -> Value:
         """The best over times ahead, of at least one interval."""
         merge_s = max(self.learned.merge_s, 1e-9)
-        growth = self._budget_share * step_s / merge_s
         share = first_share = view.share_of(adapter)
         num_bytes = view.mergeable[adapter]
         unit = self.learned.lora * self.learned.step.lora_product_s * num_bytes
         saved_s, variance, best = 0.0, 0.0, None
-        for place, length in enumerate(lengths()):
-            last_share = min(1.0, share + growth * length)
-            mean_share = _mean_share(share, last_share, growth * length)
+        for place, (begin, end) in enumerate(SPANS):
+            growth = self._budget_share * (end - begin) * outlook.step_s[place] / merge_s
+            last_share = min(1.0, share + growth)
+            mean_share = _mean_share(share, last_share, growth)
             saved_s += mean_share * self._gain_s(adapter, num_bytes, outlook, place)
-            variance += (mean_share * unit) ** 2 * outlook.variance(place)
+            variance += (mean_share * unit) ** 2 * outlook.total.variance[place]
             share = last_share
             value = Value(saved_s - merge_s * (share - first_share), math.sqrt(variance))
             if best is None or value.surely_s > best.surely_s:
@@ -128,15 +137,14 @@ class CostPolicy:
     def _gain_s(self, adapter: AdapterKey, num_bytes: int, outlook: Outlook, place: int) -> float:
         """Seconds that an interval's steps would take less with all of it merged."""
         step, learned = self.learned.step, self.learned
-        load = outlook.loads.get(adapter)
-        tokens = load.tokens[place] if load else 0.0
-        open_rows, new_rows = (load.open_rows[place], load.new_rows[place]) if load else (0, 0.0)
-        other_tokens, other_open, other_new = outlook.others(adapter, place)
+        load = outlook.loads.get(adapter, NO_LOAD)
+        tokens = load.tokens[place]
+        other_tokens, other_open, other_new = outlook.others(load, place)
         base = outlook.loads.get(None)
         base_tokens = base.tokens[place] if base else 0.0
-        is_absent = chance_of_none(open_rows, new_rows)
+        is_absent = chance_of_none(load.open_rows[place], load.new_rows[place])
         are_absent = chance_of_none(other_open, other_new)
-        length = lengths()[place]
+        length = SPANS[place][1] - SPANS[place][0]
         fixed_s = step.adapter_s + step.tile_byte_s * num_bytes
         gain = (
             step.lora_product_s * num_bytes * (tokens - other_tokens)

@@ -19,7 +19,8 @@ SLOW_STEPS = 256.0
 SURPRISE = 3.0
 """Deviations of the fast average from the slow one that are taken for a change of the traffic."""
 KEPT_SHARE = 0.9
-FORGOTTEN_PER_S = 1e-6
+FORGOTTEN = 0.02
+"""Arrivals expected in the time of the slow average, below which an adapter is forgotten."""
 MIN_SPAN_S = 1e-6
 
 Name = AdapterKey | None
@@ -63,14 +64,16 @@ class Forecast:
         self._seen_s: float | None = None
         self._open: dict[str, tuple[int, int]] = {}  # first and last known outputs to come
 
-    def saw(self, requests: Iterable[OpenRequest], now_s: float, step_s: float) -> None:
-        """The open requests at this moment; steps take about `step_s`."""
+    def saw(
+        self, requests: Iterable[OpenRequest], now_s: float, step_s: float, num_steps: int = 1
+    ) -> None:
+        """The open requests at this moment, so many steps of about `step_s` after the last."""
         requests = tuple(requests)
         new: dict[Name, list[OpenRequest]] = {}
         for request in requests:
             if request.request_id not in self._open:
                 new.setdefault(request.adapter, []).append(request)
-        self._note_ends(requests)
+        self._note_ends(requests, num_steps)
         is_first = self._seen_s is None
         gap_s = 0.0 if self._seen_s is None else max(0.0, now_s - self._seen_s)
         if gap_s < MIN_SPAN_S and not new:
@@ -93,10 +96,10 @@ class Forecast:
         for name, arrivals in list(self.arrivals.items()):
             num = len(new.get(name, ()))
             arrivals.saw(num, gap_s, FAST_STEPS * step_s, SLOW_STEPS * step_s)
-            if not num and max(arrivals.fast, arrivals.slow) < FORGOTTEN_PER_S:
+            if not num and arrivals.slow * SLOW_STEPS * step_s < FORGOTTEN:
                 del self.arrivals[name]
 
-    def _note_ends(self, requests: tuple[OpenRequest, ...]) -> None:
+    def _note_ends(self, requests: tuple[OpenRequest, ...], num_steps: int) -> None:
         """Learn from requests that are gone how much of their limit they used."""
         still = {}
         for request in requests:
@@ -104,7 +107,7 @@ class Forecast:
             still[request.request_id] = (first, request.output_tokens)
         for request_id, (first, last) in self._open.items():
             if request_id not in still and first > 0:
-                used = (first - max(0, last - 1)) / first
+                used = (first - max(0, last - num_steps)) / first
                 share = KEPT_SHARE * self.output_share + (1.0 - KEPT_SHARE) * used
                 self.output_share = min(1.0, max(0.01, share))
         self._open = still

@@ -80,6 +80,11 @@ class LearnedCosts:
         """A factor that `lora` is not below, as far as is known; 0 if nothing is."""
         return max(0.0, self.lora - self.lora_deviation)
 
+    def base_step_s(self, num_tokens: float) -> float:
+        """Seconds of a step of so many tokens, without adapters and whatever they attend to."""
+        work = StepWork(num_tokens=round(num_tokens), num_logit_rows=0)
+        return self.base * self.step.step_s(work)
+
     def saw_step(self, seen: StepSeen) -> None:
         """Learn from a step, and from the switching beside it."""
         if seen.switched_share > MIN_SHARE:

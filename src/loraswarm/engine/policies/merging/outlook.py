@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 from loraswarm.engine.policies.merging.forecast import Arrivals, Forecast, Name
-from loraswarm.engine.policies.merging.view import MergeView, OpenRequest
+from loraswarm.engine.policies.merging.view import MergeView
 
 BOUNDS = (0, 4, 12, 28, 60, 124, 252)
 """Steps from now at which intervals begin and end."""
-NUM_INTERVALS = len(BOUNDS) - 1
-MIDDLES = tuple((begin + end) / 2.0 for begin, end in pairwise(BOUNDS))
+SPANS = tuple(pairwise(BOUNDS))
+MIDDLES = tuple((begin + end) / 2.0 for begin, end in SPANS)
+StepSeconds = Callable[[float], float]
+"""Seconds that a step of so many tokens is likely to take."""
 
 
 @dataclass(slots=True)
@@ -29,86 +31,106 @@ class Load:
     that are open now and (expected) of others; `variance` of the tokens.
     """
 
-    tokens: list[float] = field(default_factory=lambda: [0.0] * NUM_INTERVALS)
-    open_rows: list[int] = field(default_factory=lambda: [0] * NUM_INTERVALS)
-    new_rows: list[float] = field(default_factory=lambda: [0.0] * NUM_INTERVALS)
-    variance: list[float] = field(default_factory=lambda: [0.0] * NUM_INTERVALS)
+    tokens: list[float] = field(default_factory=lambda: [0.0] * len(SPANS))
+    open_rows: list[int] = field(default_factory=lambda: [0] * len(SPANS))
+    new_rows: list[float] = field(default_factory=lambda: [0.0] * len(SPANS))
+    variance: list[float] = field(default_factory=lambda: [0.0] * len(SPANS))
 
-    def add_open(self, start: float, prefill: float, outputs: float, chunk: float) -> None:
-        """A request that starts so many steps from now, with chunks of `chunk` tokens at first."""
-        middle = start + max(0.0, math.ceil(prefill / chunk) - 1.0) if prefill else start
-        end = middle + outputs
-        for place, (begin, stop) in enumerate(pairwise(BOUNDS)):
-            if prefill and begin <= start < stop:
-                self.tokens[place] += prefill
-            decodes = min(stop, end) - max(begin, middle)
-            if decodes > 0.0:
-                self.tokens[place] += decodes
-            if start <= MIDDLES[place] < end:
+    @classmethod
+    def sum_of(cls, loads: Iterable[Load]) -> Load:
+        """All of them together."""
+        loads = tuple(loads)
+        return cls(
+            tokens=[sum(each) for each in zip(*(load.tokens for load in loads), strict=True)],
+            open_rows=[sum(each) for each in zip(*(load.open_rows for load in loads), strict=True)],
+            new_rows=[sum(each) for each in zip(*(load.new_rows for load in loads), strict=True)],
+            variance=[sum(each) for each in zip(*(load.variance for load in loads), strict=True)],
+        )
+
+    def add_open(self, begin: float, decodes_at: float, end: float, prefill: float) -> None:
+        """A request that computes `prefill` tokens of its prompt first, then one a step."""
+        for place, (start, stop) in enumerate(SPANS):
+            if start >= end:
+                return
+            if prefill:
+                length = max(decodes_at - begin, 1e-9)
+                shared = min(stop, decodes_at) - max(start, begin)
+                self.tokens[place] += prefill * max(0.0, shared) / length
+            self.tokens[place] += max(0.0, min(stop, end) - max(start, decodes_at))
+            if begin <= MIDDLES[place] < end:
                 self.open_rows[place] += 1
 
-    def add_arrivals(self, start: float, arrivals: Arrivals, per_step: float, used: float) -> None:
-        """Requests to come, so many in a step; the first can start so many steps from now."""
+    def add_arrivals(
+        self, start: float, arrivals: Arrivals, used: float, step_s: Sequence[float]
+    ) -> None:
+        """Requests to come, from so many steps on, which take `step_s` in each interval; they use
+        `used` of their limits."""
         outputs = max(1.0, used * arrivals.output_tokens)
-        size = arrivals.prompt_tokens + outputs
-        for place, (begin, stop) in enumerate(pairwise(BOUNDS)):
+        arrived = [0.0]  # at the bounds
+        for place, (begin, stop) in enumerate(SPANS):
             length = max(0.0, stop - max(begin, start))
-            if length == 0.0:
-                continue
-            rows = per_step * min(max(0.0, MIDDLES[place] - start), outputs)
-            tokens = length * (rows + per_step * arrivals.prompt_tokens)
+            new = arrivals.slow * step_s[place] * length
+            arrived.append(arrived[-1] + new)
+            middle = MIDDLES[place]
+            rows = _at(arrived, middle) - _at(arrived, middle - outputs)
+            tokens = length * rows + new * arrivals.prompt_tokens
             self.tokens[place] += tokens
             self.new_rows[place] += rows
-            self.variance[place] += tokens * size
+            self.variance[place] += tokens * (arrivals.prompt_tokens + outputs)
 
 
 @dataclass(slots=True)
 class Outlook:
-    """Loads of all adapters; `None` is what has none of its own."""
+    """Loads of all adapters (None: what has none of its own), their sum, and seconds of a step in
+    each interval."""
 
-    loads: dict[Name, Load]
+    loads: dict[Name, Load] = field(default_factory=dict)
+    total: Load = field(default_factory=Load)
+    step_s: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, view: MergeView, forecast: Forecast, step_s: float) -> Outlook:
-        """From what is open and what comes, with steps of about `step_s`."""
-        outlook = cls({})
+    def of(cls, view: MergeView, forecast: Forecast, seconds: StepSeconds) -> Outlook:
+        """From what is open and what comes."""
+        outlook = cls()
         free_at = outlook._add_requests(view, forecast)
+        for place, (begin, end) in enumerate(SPANS):
+            tokens = sum(load.tokens[place] for load in outlook.loads.values())
+            outlook.step_s.append(seconds(max(1.0, tokens / (end - begin))))
         for name, arrivals in forecast.arrivals.items():
-            per_step = arrivals.slow * step_s
             load = outlook._load(name)
-            load.add_arrivals(free_at, arrivals, per_step, forecast.output_share)
+            load.add_arrivals(free_at, arrivals, forecast.output_share, outlook.step_s)
+        outlook.total = Load.sum_of(outlook.loads.values())
         return outlook
 
-    def others(self, name: Name, place: int) -> tuple[float, int, float]:
+    def others(self, load: Load, place: int) -> tuple[float, int, float]:
         """Tokens, open rows and expected new rows of all but one, in one interval."""
-        rest = [load for other, load in self.loads.items() if other != name]
+        total = self.total
         return (
-            sum(load.tokens[place] for load in rest),
-            sum(load.open_rows[place] for load in rest),
-            sum(load.new_rows[place] for load in rest),
+            max(0.0, total.tokens[place] - load.tokens[place]),
+            total.open_rows[place] - load.open_rows[place],
+            max(0.0, total.new_rows[place] - load.new_rows[place]),
         )
 
-    def variance(self, place: int) -> float:
-        """Of the difference of any adapter's tokens and the others', in one interval."""
-        return sum(load.variance[place] for load in self.loads.values())
-
     def _add_requests(self, view: MergeView, forecast: Forecast) -> float:
-        """Open ones, waiting ones as seats become free; returns when one is free for others."""
+        """Open ones: prompts one after the other in chunks, waiting requests as seats become free.
+        Returns when a seat is free for others."""
         running = [request for request in view.requests if request.is_running]
         waiting = [request for request in view.requests if not request.is_running]
         chunk = max(1.0, view.max_step_tokens - len(running))
-        ends = [self._add(request, 0.0, forecast, chunk) for request in running]
-        heapq.heapify(ends)
-        for request in waiting:
-            start = heapq.heappop(ends) if len(ends) >= view.num_seats else 0.0
-            heapq.heappush(ends, self._add(request, start, forecast, chunk))
-        return ends[0] if len(ends) >= view.num_seats else 0.0
-
-    def _add(self, request: OpenRequest, start: float, forecast: Forecast, chunk: float) -> float:
-        outputs = forecast.outputs_of(request)
-        load = self._load(request.adapter)
-        load.add_open(start, request.prefill_tokens, outputs, chunk)
-        return start + outputs
+        ends: list[float] = []
+        read_at = 0.0  # when the prompts of all before are computed
+        for request in running + waiting:
+            is_full = len(ends) >= view.num_seats
+            begin = heapq.heappop(ends) if is_full else 0.0
+            if request.prefill_tokens:
+                begin = max(begin, read_at)
+            decodes_at = begin + request.prefill_tokens / chunk
+            read_at = max(read_at, decodes_at)
+            end = decodes_at + forecast.outputs_of(request)
+            load = self._load(request.adapter)
+            load.add_open(begin, decodes_at, end, request.prefill_tokens)
+            heapq.heappush(ends, end)
+        return max(read_at, ends[0]) if len(ends) >= view.num_seats else read_at
 
     def _load(self, name: Name) -> Load:
         return self.loads.setdefault(name, Load())
@@ -119,6 +141,11 @@ def chance_of_none(open_rows: int, new_rows: float) -> float:
     return 0.0 if open_rows else math.exp(-new_rows)
 
 
-def lengths() -> Sequence[float]:
-    """Steps of each interval."""
-    return tuple(float(end - begin) for begin, end in pairwise(BOUNDS))
+def _at(arrived: Sequence[float], step: float) -> float:
+    """Arrivals until a step, between the bounds known so far in proportion."""
+    for place in range(len(arrived) - 1):
+        begin, end = SPANS[place]
+        if step < end:
+            part = max(0.0, step - begin) / (end - begin)
+            return arrived[place] + part * (arrived[place + 1] - arrived[place])
+    return arrived[-1]
