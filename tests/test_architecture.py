@@ -27,6 +27,7 @@ LAYERS = {
     "llm": 5,
     "demo": 5,
     "bench": 5,
+    "simulate": 5,
     "commands": 6,
     "__main__": 7,
 }
@@ -47,6 +48,7 @@ TORCH_FREE = [
     "loraswarm.memory.memory",
     "loraswarm.engine.scheduler",
     "loraswarm.engine.policies",
+    "loraswarm.engine.policies.merging",
     "loraswarm.engine.child_client",
     "loraswarm.demo",
     "loraswarm.core.cost_model",
@@ -61,13 +63,16 @@ TORCH_FREE = [
     "loraswarm.bench.workload",
     "loraswarm.commands.bench",
     "loraswarm.commands.bench_app",
+    "loraswarm.commands.simulate",
+    "loraswarm.simulate.oracle",
+    "loraswarm.simulate.plot",
 ]
 ONLY_IN = {
     "numba": "kernels/cpu",
     "llvmlite": "kernels/cpu",
     "triton": "kernels/triton",
     "fastapi": "server",
-    "matplotlib": "bench",
+    "matplotlib": ("bench", "simulate"),
     "prometheus_client": "server",
     "uvicorn": "server",
     "zmq": "engine",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -108,14 +108,24 @@ class Scheduler:
         ids = [sequence.request_id for sequence in self._all()]
         return [event for request_id in ids if (event := self.abort(request_id))]
 
-    def plan(self) -> Step:
+    def plan(self, only: Container[str] | None = None) -> Step:
         """Choose the next step: decodes first, then prefill chunks, then newcomers.
 
-        The step may be empty while adapters are on their way.
+        With `only`, sequences of those request ids alone compute, unless none of them can: then all
+        may, so that those that hold seats or pages cannot keep the others out for ever. The step
+        may be empty while adapters are on their way.
         """
         self._loads = {}
+        planned = self._choose(only)
+        if not planned and only is not None:
+            planned = self._choose(None)
+        chunks = tuple(ScheduledChunk(sequence, count) for sequence, count in planned.items())
+        return Step(chunks, tuple(self._loads.values()), tuple(self._memory.take_dropped()))
+
+    def _choose(self, only: Container[str] | None) -> dict[Sequence, int]:
+        """Sequences of the next step and how many tokens of each."""
         planned: dict[Sequence, int] = {}
-        ready = [sequence for sequence in self._running if self._is_ready(sequence)]
+        ready = [s for s in self._running if self._is_ready(s) and _is_among(s, only)]
         preempted = self._plan_decodes(ready, planned)
         budget = self._limits.num_tokens - len(planned)
         for sequence in ready:
@@ -123,9 +133,8 @@ class Scheduler:
                 planned[sequence] = min(sequence.num_uncomputed, budget)
                 budget -= planned[sequence]
         if not preempted:
-            self._admit(planned, budget)
-        chunks = tuple(ScheduledChunk(sequence, count) for sequence, count in planned.items())
-        return Step(chunks, tuple(self._loads.values()), tuple(self._memory.take_dropped()))
+            self._admit(planned, budget, only)
+        return planned
 
     def fail_adapters(self, failures: Mapping[AdapterKey, ErrorInfo]) -> list[SequenceEvent]:
         """End every sequence with an adapter that will never be there."""
@@ -146,6 +155,12 @@ class Scheduler:
             if event is not None:
                 events.append(event)
         return events
+
+    def open_sequences(self) -> list[tuple[Sequence, bool]]:
+        """Every sequence in order of arrival, and whether it runs."""
+        found = [(sequence, True) for sequence in self._running]
+        found += [(sequence, False) for sequence in self._waiting]
+        return sorted(found, key=lambda pair: pair[0].order)
 
     def needs(self) -> int:
         """Pages of the sequence here that needs the most, its adapters included."""
@@ -203,13 +218,16 @@ class Scheduler:
                 preempted.add(victim)
         return preempted
 
-    def _admit(self, planned: dict[Sequence, int], budget: int) -> None:
+    def _admit(
+        self, planned: dict[Sequence, int], budget: int, only: Container[str] | None
+    ) -> None:
         """Start waiting sequences while tokens, seats and pages for their known tokens last.
 
         One whose adapters are not at hand is passed over; one that does not fit holds up those
         behind it, so that it is not overtaken for ever.
         """
-        waiting = [sequence for sequence in self._waiting if self._is_at_hand(sequence)]
+        allowed = [sequence for sequence in self._waiting if _is_among(sequence, only)]
+        waiting = [sequence for sequence in allowed if self._is_at_hand(sequence)]
         while waiting and budget > 0 and len(self._running) < self._limits.num_sequences:
             sequence = self._policy.next_waiting(waiting)
             waiting.remove(sequence)
@@ -342,6 +360,10 @@ class Scheduler:
         self._kv.free(sequence.request_id)
         for key in sequence.adapter_keys:
             self._adapters.unpin(key)
+
+
+def _is_among(sequence: Sequence, only: Container[str] | None) -> bool:
+    return only is None or sequence.request_id in only
 
 
 def _error_event(sequence: Sequence, error: ErrorInfo) -> SequenceEvent:
