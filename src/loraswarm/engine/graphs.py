@@ -126,11 +126,12 @@ class DecodeGraphs:
         self._buckets = [*(size for size in BUCKETS if size < max_rows), max_rows]
         self._graphs: OrderedDict[Signature | None, _Graphs] = OrderedDict()
 
-    def try_run(self, batch: Batch) -> Tensor | None:
+    def try_run(self, batch: Batch, drawn_ids: Tensor | None = None) -> Tensor | None:
         """Logits [Z, V] of a batch that is still on the host; None if it is no decode step, or does
         what a graph cannot.
 
-        They lie where the next replay writes.
+        They lie where the next replay writes. `drawn_ids` [T], on the device, are in the place of
+        the batch's token ids.
         """
         num_rows = len(batch.token_ids)
         if not _is_decode(batch) or num_rows > self._buckets[-1]:
@@ -143,6 +144,8 @@ class DecodeGraphs:
         if bucket not in graphs.captured:
             graphs.captured[bucket] = self._capture(bucket, batch, signature)
         self._fill(graphs.captured[bucket], batch)
+        if drawn_ids is not None:
+            graphs.captured[bucket].batch.token_ids[:num_rows].copy_(drawn_ids, non_blocking=True)
         return graphs.captured[bucket].replay()[:num_rows]
 
     def _of(self, signature: Signature | None) -> _Graphs:
