@@ -33,12 +33,11 @@ def served_logits(
     def recorded(prepared):
         logits_ZV = compute(prepared)
         for item in prepared.rows:
-            sequence = item.chunk.sequence
-            found = rows[sequence.request_id]
+            found = rows[item.chunk.sequence.request_id]
             for offset, row in enumerate(item.prompt_rows):
                 found[item.first_prompt_position + offset - 1] = logits_ZV[row].clone()
             if item.sample_row is not None:
-                found[len(sequence.token_ids) - 1] = logits_ZV[item.sample_row].clone()
+                found[item.chunk.end - 1] = logits_ZV[item.sample_row].clone()
         return logits_ZV
 
     runner.run = recorded

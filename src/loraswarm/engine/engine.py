@@ -22,11 +22,11 @@ from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.administration import Administration, Answer
 from loraswarm.engine.arrivals import Arrivals
 from loraswarm.engine.loader import Loader
+from loraswarm.engine.look_ahead import LookAhead
 from loraswarm.engine.merging import Merger
 from loraswarm.engine.model_runner import ModelRunner
 from loraswarm.engine.reception import Reception
 from loraswarm.engine.residency import Residency
-from loraswarm.engine.results import chunk_results
 from loraswarm.engine.scheduler import Scheduler
 from loraswarm.engine.sequence_maker import SequenceMaker
 from loraswarm.engine.states import AdapterStates
@@ -94,6 +94,9 @@ class Engine:
         self._memory = parts.memory
         self._residency = parts.residency
         self._scheduler = parts.scheduler
+        self._look_ahead = LookAhead(
+            parts.runner, parts.scheduler, parts.memory.kv_cache, parts.runner.is_beside_host
+        )
         self._arrivals = Arrivals()
         self._is_blocked = False
         self._states = AdapterStates(
@@ -170,6 +173,7 @@ class Engine:
     def abort(self, request_id: str) -> SequenceEvent | None:
         """End a request; returns its terminal event, or None if it has already ended."""
         event = self._reception.abort(request_id) or self._scheduler.abort(request_id)
+        self._look_ahead.drop_void()
         self._reception.note_ends([event] if event else [])
         return event
 
@@ -185,8 +189,10 @@ class Engine:
         """
         self._require_open()
         events = self._collect()
-        self._merge(MERGE_SHARE * self._step_s)
-        step = self._plan()
+        step = self._look_ahead.step
+        if step is None:
+            self._merge(MERGE_SHARE * self._step_s)
+            step = self._plan()
         self._residency.start_copies(step.loads)
         if step.chunks:
             events += self._run(step)
@@ -317,16 +323,21 @@ class Engine:
         return step
 
     def _run(self, step: Step) -> list[SequenceEvent]:
-        start_s = time.perf_counter()
-        prepared = self._runner.prepare(step, self._memory.kv_cache)
-        logits_ZV = self._runner.run(prepared)
-        results = chunk_results(logits_ZV, prepared.rows)
-        seconds = time.perf_counter() - start_s
+        results, seconds = self._look_ahead.run(step, self._may_look_ahead())
         self._memory.costs.saw_step(seconds)
         self._step_s += (SMOOTHING_SHARE if self._step_s else 1.0) * (seconds - self._step_s)
         if step.num_tokens >= MIN_TIMED_TOKENS:
             self._memory.costs.saw_prefill(step.num_tokens, seconds)
-        return self._scheduler.commit(step, results)
+        events = self._scheduler.commit(step, results)
+        self._look_ahead.drop_void()
+        return events
+
+    def _may_look_ahead(self) -> bool:
+        """Whether weights and adapters stay as they are until the next step."""
+        is_merging = self.merge_policy is not None or (
+            self.merger is not None and not self.merger.is_settled
+        )
+        return not is_merging and not self._administration.is_busy
 
     def _may_go_on(self) -> bool:
         """Whether something will happen, if there is work that cannot run now."""

@@ -135,13 +135,16 @@ class DecodeGraphs:
         )
         self._graphs: OrderedDict[tuple[int, Signature | None], _Graphs] = OrderedDict()
 
-    def try_run(self, batch: Batch, weights_version: int = 0) -> Tensor | None:
+    def try_run(
+        self, batch: Batch, weights_version: int = 0, drawn_ids: Tensor | None = None
+    ) -> Tensor | None:
         """Logits [Z, V] of a batch that is still on the host; None if it is no decode step, or does
         what a graph cannot.
 
         They lie where the next replay writes. A graph reads the weights that were in use when it
         was captured: `weights_version` is 0 for the base's, which stay, and another number for
-        each other set of them, of which the last alone may come again.
+        each other set of them, of which the last alone may come again. `drawn_ids` [T], on the
+        device, are in the place of the batch's token ids.
         """
         num_rows = len(batch.token_ids)
         if not _is_decode(batch) or num_rows > self._buckets[-1]:
@@ -154,6 +157,8 @@ class DecodeGraphs:
         if bucket not in graphs.captured:
             graphs.captured[bucket] = self._capture(bucket, batch, signature, graphs)
         self._fill(graphs.captured[bucket], batch)
+        if drawn_ids is not None:
+            graphs.captured[bucket].batch.token_ids[:num_rows].copy_(drawn_ids, non_blocking=True)
         return graphs.captured[bucket].replay()[:num_rows]
 
     @torch.inference_mode()

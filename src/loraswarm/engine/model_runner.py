@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.prepare import PreparedBatch, prepare
+from loraswarm.engine.results import StepResults
 from loraswarm.engine.step import Step
 from loraswarm.engine.transfer import to_device
 from loraswarm.memory.kv_cache import KVCache
@@ -69,6 +71,23 @@ class ModelRunner:
         for key in dropped:
             self._tiles.drop(key)
 
+    @property
+    def is_beside_host(self) -> bool:
+        """Whether the device computes while the host goes on."""
+        return self._buffer.pool.device.type == "cuda"
+
+    def launch(
+        self, step: Step, kv_cache: KVCache, before: StepResults | None = None
+    ) -> StepResults:
+        """Begin a step, and wait for nothing where the device computes beside the host.
+
+        One that was foreseen takes its tokens from `before`, in the same order, on the device.
+        """
+        prepared = self.prepare(step, kv_cache)
+        if before is not None:
+            prepared = replace(prepared, drawn_ids=before.draw())
+        return StepResults(self.run(prepared), prepared.rows)
+
     def prepare(self, step: Step, kv_cache: KVCache) -> PreparedBatch:
         """The tensors of the step's forward pass."""
         return prepare(step.chunks, kv_cache, self._buffer, self._tiles, self._merged)
@@ -79,15 +98,19 @@ class ModelRunner:
 
         They are the caller's to change until it calls again.
         """
-        batch, device = prepared.batch, self._buffer.pool.device
+        batch, device, drawn_ids = prepared.batch, self._buffer.pool.device, prepared.drawn_ids
         logits_ZV = None
         if self._graphs is not None and not self.is_switching:
-            logits_ZV = self._graphs.try_run(batch, self._version)
+            logits_ZV = self._graphs.try_run(batch, self._version, drawn_ids)
         if logits_ZV is not None:
             return logits_ZV
+        if device.type == "cuda":
+            batch = to_device(batch, device)
+        if drawn_ids is not None:
+            batch = replace(batch, token_ids=drawn_ids)
+        logits_ZV = self.decoder.forward(batch)
         if device.type == "cpu":
-            return self.decoder.forward(batch)
-        logits_ZV = self.decoder.forward(to_device(batch, device))
+            return logits_ZV
         if len(logits_ZV) == 0:  # nobody waits for them, and pages may be given away next
             torch.cuda.current_stream(device).synchronize()
         return logits_ZV

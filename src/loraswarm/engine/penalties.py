@@ -29,7 +29,7 @@ def adjust_rows_(logits_ZV: Tensor, sequences: Seq[Sequence]) -> list[int]:
 
     Shapes    logits [Z, V] float32, contiguous.
     """
-    adjusted = [row for row, sequence in enumerate(sequences) if _is_adjusted(sequence)]
+    adjusted = [row for row, sequence in enumerate(sequences) if is_adjusted(sequence)]
     if adjusted:
         some = [(row, sequences[row]) for row in adjusted]
         places = _Places(logits_ZV)
@@ -42,7 +42,8 @@ def adjust_rows_(logits_ZV: Tensor, sequences: Seq[Sequence]) -> list[int]:
     return adjusted
 
 
-def _is_adjusted(sequence: Sequence) -> bool:
+def is_adjusted(sequence: Sequence) -> bool:
+    """Whether the next token's logits are changed. Once they are not, they stay so."""
     params = sequence.request.params
     return params.uses_penalties or bool(params.logit_bias) or _bars_end(sequence)
 

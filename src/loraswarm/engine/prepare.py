@@ -12,8 +12,8 @@ from itertools import accumulate
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from loraswarm.core.sequence import Sequence
 from loraswarm.engine.step import ScheduledChunk
 from loraswarm.kernels import AttentionWork
 from loraswarm.memory.kv_cache import KVCache
@@ -38,10 +38,15 @@ class LogitRows:
 
 @dataclass(frozen=True, slots=True)
 class PreparedBatch:
-    """A batch and, in the same order as the step's chunks, where each chunk's logits are."""
+    """A batch and, in the same order as the step's chunks, where each chunk's logits are.
+
+    `drawn_ids` [T] int64, on the device, take the place of the batch's token ids: what the step
+    before has drawn is not known to the host yet.
+    """
 
     batch: Batch
     rows: tuple[LogitRows, ...]
+    drawn_ids: Tensor | None = None
 
 
 def prepare(
@@ -87,9 +92,7 @@ def _segments(chunks: list[ScheduledChunk]) -> list[Segment]:
     """Runs of tokens of one mix, in order."""
     segments: list[Segment] = []
     for chunk in chunks:
-        num_base = min(
-            max(chunk.sequence.first_adapted - chunk.sequence.num_computed, 0), chunk.num_tokens
-        )
+        num_base = min(max(chunk.sequence.first_adapted - chunk.begin, 0), chunk.num_tokens)
         for mix, count in (((), num_base), (chunk.sequence.mix, chunk.num_tokens - num_base)):
             if count == 0:
                 continue
@@ -110,9 +113,9 @@ def _tokens_and_positions(chunks: list[ScheduledChunk]) -> tuple[np.ndarray, np.
     token_ids: list[int] = []
     positions = []
     for chunk in chunks:
-        begin = chunk.sequence.num_computed
-        token_ids += chunk.sequence.token_ids[begin : begin + chunk.num_tokens]
-        positions.append(np.arange(begin, begin + chunk.num_tokens))
+        known = chunk.sequence.token_ids[chunk.begin : chunk.end]
+        token_ids += known + [0] * (chunk.num_tokens - len(known))  # drawn_ids has the others
+        positions.append(np.arange(chunk.begin, chunk.end))
     return np.array(token_ids, dtype=np.int64), np.concatenate(positions)
 
 
@@ -129,9 +132,7 @@ def _attention_work(
 ) -> AttentionWork:
     starts = np.zeros(len(chunks) + 1, dtype=np.int32)
     np.cumsum(counts, out=starts[1:])
-    contexts = np.array(
-        [chunk.sequence.num_computed + chunk.num_tokens for chunk in chunks], dtype=np.int32
-    )
+    contexts = np.array([chunk.end for chunk in chunks], dtype=np.int32)
     return AttentionWork(
         query_starts=torch.from_numpy(starts),
         context_lens=torch.from_numpy(contexts),
@@ -147,9 +148,9 @@ def _logit_rows(chunks: list[ScheduledChunk]) -> tuple[list[LogitRows], list[int
     wanted: list[int] = []
     first_token = 0
     for chunk in chunks:
-        positions = _prompt_positions(chunk.sequence, chunk.num_tokens)
+        positions = _prompt_positions(chunk)
         begin = len(wanted)
-        offset = first_token - chunk.sequence.num_computed - 1
+        offset = first_token - chunk.begin - 1
         wanted += [offset + position for position in positions]
         prompt_rows = range(begin, len(wanted))
         sample_row = None
@@ -161,9 +162,10 @@ def _logit_rows(chunks: list[ScheduledChunk]) -> tuple[list[LogitRows], list[int
     return rows, wanted
 
 
-def _prompt_positions(sequence: Sequence, num_tokens: int) -> range:
+def _prompt_positions(chunk: ScheduledChunk) -> range:
     """Prompt tokens that the chunk's tokens predict and whose log-probability is still wanted."""
+    sequence = chunk.sequence
     if sequence.request.params.prompt_logprobs is None:
         return range(0)
-    begin = max(sequence.num_computed + 1, len(sequence.prompt_logprobs))
-    return range(begin, min(sequence.num_computed + num_tokens + 1, sequence.num_prompt))
+    begin = max(chunk.begin + 1, len(sequence.prompt_logprobs))
+    return range(begin, min(chunk.end + 1, sequence.num_prompt))

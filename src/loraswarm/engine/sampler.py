@@ -16,15 +16,19 @@ from torch import Tensor
 
 from loraswarm.core.events import TokenLogprob
 from loraswarm.core.sequence import Sequence
-from loraswarm.engine.penalties import adjust_, adjust_rows_
+from loraswarm.engine.fetch import Fetch
+from loraswarm.engine.penalties import adjust_, adjust_rows_, is_adjusted
 from loraswarm.engine.row_blocks import best_tokens, draw
 from loraswarm.engine.truncation import truncate_
 
 __all__ = [
     "NONE_ALLOWED",
     "NOT_FINITE",
+    "Drawn",
     "adjust_",
     "draw",
+    "draw_rows",
+    "draws_at_once",
     "sample",
     "token_logprobs",
     "truncate_",
@@ -35,9 +39,34 @@ NOT_FINITE = -1
 NONE_ALLOWED = -2
 
 
+class Drawn:
+    """One token id per row: `token_Z` [Z] int64 where the logits are, and on the host."""
+
+    def __init__(self, token_Z: Tensor, best_Z: Tensor, allowed_Z: Tensor) -> None:
+        """`best` and `allowed` [Z] float32 are the largest logits of each row before and after its
+        own parameters have changed them."""
+        self.token_Z = token_Z
+        self._fetch = Fetch(token_Z, best_Z, allowed_Z)
+
+    def wait(self) -> list[int]:
+        """The token ids; NOT_FINITE where the model's logits are NaN or infinite, NONE_ALLOWED
+        where the row's own parameters leave no token to choose."""
+        return [_token_or_failure(*row) for row in zip(*self._fetch.wait(), strict=True)]
+
+
 def sample(logits_ZV: Tensor, sequences: Seq[Sequence]) -> list[int]:
-    """One token id per row; NOT_FINITE where the model's logits are NaN or infinite, NONE_ALLOWED
-    where the row's own parameters leave no token to choose.
+    """`draw_rows`, waited for."""
+    return draw_rows(logits_ZV, sequences).wait()
+
+
+def draws_at_once(sequences: Seq[Sequence]) -> bool:
+    """Whether `draw_rows` waits for no device, and its result is the same whether or not each
+    sequence's last token is known yet."""
+    return all(_is_greedy(sequence) and not is_adjusted(sequence) for sequence in sequences)
+
+
+def draw_rows(logits_ZV: Tensor, sequences: Seq[Sequence]) -> Drawn:
+    """Draw one token for each row.
 
     Order    repetition, presence and frequency penalties, logit bias, end tokens barred before
              min_tokens, temperature, min_p, top_k, top_p; temperature 0 takes the likeliest token.
@@ -61,8 +90,7 @@ def sample(logits_ZV: Tensor, sequences: Seq[Sequence]) -> list[int]:
             dtype=torch.float64,
         )
         token_Z[drawn] = draw(rows_ZV, uniform_Z)
-    found = zip(token_Z.tolist(), best_Z.tolist(), allowed_Z.tolist(), strict=True)
-    return [_token_or_failure(*row) for row in found]
+    return Drawn(token_Z, best_Z, allowed_Z)
 
 
 def _token_or_failure(token: int, best: float, best_allowed: float) -> int:

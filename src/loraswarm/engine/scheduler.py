@@ -64,6 +64,8 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._infos: dict[str, tuple[AdapterInfo, ...]] = {}
         self._loads: dict[AdapterKey, AdapterLoad] = {}
+        self._ahead: frozenset[Sequence] = frozenset()
+        self._ended_ahead: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prefix_asked_tokens = 0
         self.num_prefix_hit_tokens = 0
@@ -115,6 +117,7 @@ class Scheduler:
         may, so that those that hold seats or pages cannot keep the others out for ever. The step
         may be empty while adapters are on their way.
         """
+        assert not self._ahead, "a step is under way that was foreseen"
         self._loads = {}
         planned = self._choose(only)
         if not planned and only is not None:
@@ -136,6 +139,30 @@ class Scheduler:
             self._admit(planned, budget, only)
         return planned
 
+    def try_extend(self, step: Step) -> bool:
+        """Take pages for a step that was foreseen while the one before it runs: free pages alone.
+
+        False, and nothing changed, if it is not what `plan` would choose, or free pages are short.
+        Until `settle` its sequences keep what they hold, also if they end.
+        """
+        may_admit = bool(self._waiting) and len(self._running) < self._limits.num_sequences
+        if self._ended_ahead or may_admit or len(step.chunks) != len(self._running):
+            return False
+        ends = [(chunk.sequence.request_id, chunk.end) for chunk in step.chunks]
+        num_missing = sum(self._kv.num_missing_pages(*end) for end in ends)
+        if num_missing > self._memory.pool.num_free:
+            return False
+        for end in ends:
+            self._kv.reserve(*end)
+        self._ahead = frozenset(chunk.sequence for chunk in step.chunks)
+        return True
+
+    def settle(self) -> None:
+        """No step is under way: what has ended meanwhile gives back what it holds."""
+        ended, self._ended_ahead, self._ahead = self._ended_ahead, [], frozenset()
+        for sequence in ended:
+            self._release(sequence)
+
     def fail_adapters(self, failures: Mapping[AdapterKey, ErrorInfo]) -> list[SequenceEvent]:
         """End every sequence with an adapter that will never be there."""
         return self._fail(self._all(), failures)
@@ -148,10 +175,14 @@ class Scheduler:
         return self._fail(self._waiting, {key: error})
 
     def commit(self, step: Step, results: Iterable[ChunkResult]) -> list[SequenceEvent]:
-        """Record what the step computed: new tokens, ends, freed pages."""
+        """Record what the step computed: new tokens, ends, freed pages.
+
+        Of a step that was foreseen, nothing for sequences that have ended since.
+        """
+        running = set(self._running)
         events = []
         for chunk, result in zip(step.chunks, results, strict=True):
-            event = self._commit_chunk(chunk, result)
+            event = self._commit_chunk(chunk, result) if chunk.sequence in running else None
             if event is not None:
                 events.append(event)
         return events
@@ -181,7 +212,7 @@ class Scheduler:
             assert all(self._adapters.is_resident(key) for key in sequence.adapter_keys)
             assert not self._kv.num_missing_pages(sequence.request_id, sequence.num_computed)
         for sequence in self._waiting:
-            assert not self._kv.pages_of(sequence.request_id)
+            assert sequence in self._ended_ahead or not self._kv.pages_of(sequence.request_id)
         orders = [sequence.order for sequence in self._waiting]
         assert orders == sorted(orders)
 
@@ -357,6 +388,9 @@ class Scheduler:
         del self._infos[sequence.request_id]
 
     def _release(self, sequence: Sequence) -> None:
+        if sequence in self._ahead:
+            self._ended_ahead.append(sequence)
+            return
         self._kv.free(sequence.request_id)
         for key in sequence.adapter_keys:
             self._adapters.unpin(key)

@@ -11,10 +11,27 @@ from loraswarm.memory.adapter_cache import AdapterLoad
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
-    """The next `num_tokens` uncomputed tokens of a sequence."""
+    """The next `num_tokens` uncomputed tokens of a sequence.
+
+    A chunk that was foreseen begins at `foreseen_begin`, behind what the step under way computes:
+    its token is the one drawn there.
+    """
 
     sequence: Sequence
     num_tokens: int
+    foreseen_begin: int | None = None
+
+    @property
+    def begin(self) -> int:
+        """The place of its first token in the sequence."""
+        if self.foreseen_begin is None:
+            return self.sequence.num_computed
+        return self.foreseen_begin
+
+    @property
+    def end(self) -> int:
+        """Behind its last token."""
+        return self.begin + self.num_tokens
 
     @property
     def samples(self) -> bool:
