@@ -187,6 +187,16 @@ def test_switching_goes_on_while_requests_run_and_within_a_share_of_a_step(swarm
     assert engine.merger.num_merged > 0
 
 
+def test_what_is_not_served_is_no_target(swarm):
+    engine = merging_engine(swarm)
+    key = key_of(engine, "a000")
+    assert engine.merger.why_not(key) is None
+    gone = (key[0], "another digest")
+    assert "not served" in engine.merger.why_not(gone)
+    engine.merger.set_target(gone)
+    assert (engine.merger.target, engine.merger.num_switches) == (None, 0)
+
+
 def test_merged_weights_are_reported(swarm):
     engine = merging_engine(swarm)
     assert (engine.merger.bytes_left, engine.merger.share_merged) == (0, 0.0)

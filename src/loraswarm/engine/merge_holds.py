@@ -56,6 +56,11 @@ class MergeHolds:
         """Whether new requests get this content."""
         return self._catalog.is_current(key)
 
+    def info_of(self, key: AdapterKey) -> AdapterInfo | None:
+        """Its description, if new requests get this content and it has been read."""
+        entry = self._catalog.entry_of(key)
+        return None if entry is None else entry.info
+
     def try_hold(self, key: AdapterKey) -> bool:
         """Whether the adapter is in pages and pinned; if not, it is on its way, or `problem` says
         why not yet. To be asked again."""

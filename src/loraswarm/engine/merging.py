@@ -43,7 +43,7 @@ class _Place:
 
     linear: LoraLinear
     num_bytes: int
-    norm: float | None = None
+    norm: float
     copy: Weight | None = None
     key: AdapterKey | None = None
 
@@ -56,7 +56,11 @@ class Merger:
         target b     |  b   |  a   | base |     one that has another adapter is the base's again
         target None  | base | base | base |     at once, and the memory is given back
 
-    An adapter is pinned in its pages while it is in a weight or on its way there.
+    An adapter is pinned in its pages while it is in a weight or on its way there. Its gains (DoRA,
+    IA3), biases and overlays are never merged: they act on its own rows, over merged weights too.
+    So every method may be merged beside any other row. K and V of merged and of unmerged weights
+    differ by the rounding of the weight, as those of one sequence do whose tokens a switch divides;
+    cached prefixes are shared by both.
     """
 
     def __init__(
@@ -67,14 +71,18 @@ class Merger:
         holds: MergeHolds,
         budget_bytes: int,
     ) -> None:
-        """The copies take at most `budget_bytes`; linears beyond that stay unmerged."""
+        """The copies take at most `budget_bytes`; linears beyond that stay unmerged.
+
+        Cost    the base's linears are read once, for their norms.
+        """
         self._runner = runner
         self._tiles = tiles
         self._buffer = buffer
         self.holds = holds
         self.budget_bytes = budget_bytes
         self._places = [
-            _Place(linear, linear.weight.nbytes) for linear in linears_in_order(runner.decoder)
+            _Place(linear, linear.weight.nbytes, linear.weight_norm())
+            for linear in linears_in_order(runner.decoder)
         ]
         self._target: AdapterKey | None = None
         self._table: TileTable | None = None
@@ -134,12 +142,24 @@ class Merger:
         """Seconds that merging a byte of weights takes, as it was learned."""
         return self._s_per_byte
 
+    def why_not(self, key: AdapterKey) -> str | None:
+        """Why merging this adapter would save nothing, or cannot be; None if it would."""
+        info = self.holds.info_of(key)
+        if info is None:
+            return "it is not served in this generation, or has not been read"
+        num_linears = self._runner.decoder.shape.num_linears
+        if not any(module.rank > 0 and module.site < num_linears for module in info.modules):
+            return "it changes no linear by a low-rank update"
+        return None
+
     def set_target(self, key: AdapterKey | None) -> None:
         """Have this adapter in the weights from now on; None: the base's alone, at once.
 
         Nothing happens if it is the target already. `advance` does the work; what is merged of
-        another adapter stays until its place is needed.
+        another adapter stays until its place is needed. What is served no more counts as None.
         """
+        if key is not None and not self.holds.is_current(key):
+            key = None
         if key == self._target:
             return
         self.num_switches += 1
@@ -250,8 +270,6 @@ class Merger:
     def _is_too_large(self, place: _Place, key: AdapterKey) -> bool:
         """Whether the linear stays unmerged, since the update is larger than the weight."""
         assert self._table is not None
-        if place.norm is None:
-            place.norm = place.linear.weight_norm()
         norm = place.linear.update_norm(self._buffer.pool, self._table)
         if norm <= MAX_UPDATE * place.norm:
             return False

@@ -8,6 +8,8 @@ Legend: see kernels/__init__; N the rows that are merged in one call.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -77,15 +79,28 @@ def update_norm(
     Cost    O(R * R * (I + O)), without making the update itself: |B A|² = sum of (A Aᵀ) * (Bᵀ B).
     """
     total = 0.0
-    for part, (low, high) in enumerate(pairwise(out_bounds)):
-        first, last = tiles.ranges[first_site + part, 0].tolist()
-        factors = [
-            _factors(pool, tiles, tile, in_features, high - low) for tile in range(first, last)
-        ]
-        if factors:
-            a_RI, bt_RO = (torch.cat(matrices) for matrices in zip(*factors, strict=True))
-            total += float(((a_RI @ a_RI.T) * (bt_RO @ bt_RO.T)).sum())
+    with _one_thread():
+        for part, (low, high) in enumerate(pairwise(out_bounds)):
+            first, last = tiles.ranges[first_site + part, 0].tolist()
+            if first < last:
+                factors = (
+                    _factors(pool, tiles, tile, in_features, high - low)
+                    for tile in range(first, last)
+                )
+                a_RI, bt_RO = (torch.cat(matrices) for matrices in zip(*factors, strict=True))
+                total += float(((a_RI @ a_RI.T) * (bt_RO @ bt_RO.T)).sum())
     return math.sqrt(max(total, 0.0))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products so small that waking torch's threads, and waiting for the last, takes far longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def add_tiles(
