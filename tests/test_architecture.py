@@ -83,7 +83,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_TRITON_LINES = 120
 MAX_PARAMETERS = 6
-COMMAND_LINES = {"__main__.py", "bench_app.py"}
+COMMAND_LINES = {"__main__.py", "bench_app.py", "simulate_app.py"}
 BANNED_NAMES = {"utils", "common", "helpers", "misc"}
 
 

@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 from loraswarm import __version__
 from loraswarm.commands.bench_app import app as bench_app
 from loraswarm.commands.options import parse_bytes
+from loraswarm.commands.simulate_app import app as simulate_app
 from loraswarm.config import EngineConfig, ServerConfig
 from loraswarm.core.request import SamplingParams
 from loraswarm.errors import LoRASwarmError
@@ -32,9 +33,6 @@ adapters_app = typer.Typer(
 )
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(bench_app, name="bench")
-simulate_app = typer.Typer(
-    help="The engine's scheduler and policies on a fake clock.", rich_markup_mode=None
-)
 app.add_typer(simulate_app, name="simulate")
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face directory, or a hub id.")]
@@ -303,60 +301,6 @@ def convert_adapter(
     from loraswarm.commands.adapters import convert
 
     convert(source, out)
-
-
-@simulate_app.callback()
-def _simulate() -> None:
-    """The engine's scheduler and policies on a fake clock."""
-
-
-@simulate_app.command("merging")
-def simulate_merging(
-    cost_model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="What `loraswarm bench calibrate` wrote [default: one of four CPU cores]",
-        ),
-    ] = None,
-    trace: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME|FILE",
-            help="A generated trace, or a file as `loraswarm bench` reads; may be repeated"
-            " [default: all that can be generated]",
-        ),
-    ] = None,
-    policies: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,...",
-            help="Of never, always-head, dlora, cost and oracle [default: all]",
-        ),
-    ] = None,
-    requests: Annotated[int, typer.Option(help="Requests of a generated trace.")] = 300,
-    seed: Annotated[int, typer.Option(help="Makes the generated traces.")] = 0,
-    json: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write the figures here.")
-    ] = None,
-    plot: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write a picture here: .png.")
-    ] = None,
-) -> None:
-    """Compare policies of which adapter is merged when, by latency on traces."""
-    from loraswarm.commands.simulate import SimulateOptions, merging
-
-    merging(
-        SimulateOptions(
-            cost_model=cost_model,
-            traces=tuple(trace or ()),
-            policies=policies,
-            requests=requests,
-            seed=seed,
-            json=json,
-            plot=plot,
-        )
-    )
 
 
 def _engine_config(**fields: Any) -> EngineConfig:

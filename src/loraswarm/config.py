@@ -38,7 +38,8 @@ class EngineConfig:
     `cost_model` is a file of `loraswarm bench calibrate`, to judge costs by before any are seen.
     `merge` is "off", "auto" or the name of an adapter that is merged into copies of the linears'
     weights at start, while others are served beside it; the copies take at most `merge_bytes`
-    (None: what there is).
+    (None: what there is). "auto" merges what `merge_policy` wants, by its name in
+    engine/policies/merging.
     `quantize` keeps the base's matrices as integers (see models/quantization); None: as floats.
     With `capture_at_start` a CUDA device's decode steps without adapters are captured as graphs
     before the first request; else each by the first step of its size.
@@ -66,6 +67,7 @@ class EngineConfig:
     capture_at_start: bool = True
     merge: str = "off"
     merge_bytes: int | None = None
+    merge_policy: str = "cost"
 
     def __post_init__(self) -> None:
         _require_choice("dtype", self.dtype, DTYPES)

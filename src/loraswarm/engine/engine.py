@@ -23,8 +23,10 @@ from loraswarm.engine.administration import Administration, Answer
 from loraswarm.engine.arrivals import Arrivals
 from loraswarm.engine.loader import Loader
 from loraswarm.engine.look_ahead import LookAhead
+from loraswarm.engine.merge_control import MergeControl, MergeFacts
 from loraswarm.engine.merging import Merger
 from loraswarm.engine.model_runner import ModelRunner
+from loraswarm.engine.policies.merging import MergePolicy
 from loraswarm.engine.reception import Reception
 from loraswarm.engine.residency import Residency
 from loraswarm.engine.scheduler import Scheduler
@@ -107,6 +109,7 @@ class Engine:
         )
         self.merger = parts.merger
         self.merge_policy: Callable[[], AdapterKey | None] | None = None
+        self._merge_control: MergeControl | None = None
         self._step_s = 0.0
         parts.residency.may_overrun = lambda: parts.scheduler.num_waiting == 0
         self._states.pinned_names = self._administration.pinned_names
@@ -191,8 +194,8 @@ class Engine:
         events = self._collect()
         step = self._look_ahead.step
         if step is None:
-            self._merge(MERGE_SHARE * self._step_s)
-            step = self._plan()
+            only = self._merge(MERGE_SHARE * self._step_s)
+            step = self._plan(only)
         self._residency.start_copies(step.loads)
         if step.chunks:
             events += self._run(step)
@@ -210,6 +213,11 @@ class Engine:
     def require_adapter(self, name: str) -> None:
         """Raise UnknownAdapter, AdapterError or Overloaded unless requests may ask for `name`."""
         self._catalog.resolve(name)
+
+    def merge_by(self, policy: MergePolicy, facts: MergeFacts) -> None:
+        """From now on merge what a policy wants; there must be a merger."""
+        assert self.merger is not None
+        self._merge_control = MergeControl(policy, self.merger, self._scheduler, facts)
 
     def merge_now(self) -> str | None:
         """Merge what `merge_policy` wants, as far as memory goes, before any request is served.
@@ -304,17 +312,19 @@ class Engine:
         if not self._closing.alive:
             raise EngineError("the engine is closed")
 
-    def _merge(self, budget_s: float) -> None:
-        """Go on with merging for about so long."""
-        if self.merger is None:
-            return
-        if self.merge_policy is not None:
-            self.merger.set_target(self.merge_policy())
-        self.merger.advance(budget_s)
+    def _merge(self, budget_s: float) -> frozenset[str] | None:
+        """Go on with merging for about so long; who alone may compute next (None: all)."""
+        if self._merge_control is not None:
+            return self._merge_control.advance(budget_s)
+        if self.merger is not None:
+            if self.merge_policy is not None:
+                self.merger.set_target(self.merge_policy())
+            self.merger.advance(budget_s)
+        return None
 
-    def _plan(self) -> Step:
+    def _plan(self, only: frozenset[str] | None) -> Step:
         """The next step. What is merged gives its pages back if nothing can run beside it."""
-        step = self._scheduler.plan()
+        step = self._scheduler.plan(only)
         self._runner.forget(step.dropped)
         is_stuck = self.has_work and not step.chunks and not step.loads and not self._may_go_on()
         if is_stuck and self.merger is not None and self.merger.give_way():
@@ -328,15 +338,16 @@ class Engine:
         self._step_s += (SMOOTHING_SHARE if self._step_s else 1.0) * (seconds - self._step_s)
         if step.num_tokens >= MIN_TIMED_TOKENS:
             self._memory.costs.saw_prefill(step.num_tokens, seconds)
+        if self._merge_control is not None:
+            self._merge_control.saw_step(step, seconds)
         events = self._scheduler.commit(step, results)
         self._look_ahead.drop_void()
         return events
 
     def _may_look_ahead(self) -> bool:
         """Whether weights and adapters stay as they are until the next step."""
-        is_merging = self.merge_policy is not None or (
-            self.merger is not None and not self.merger.is_settled
-        )
+        has_policy = self.merge_policy is not None or self._merge_control is not None
+        is_merging = has_policy or (self.merger is not None and not self.merger.is_settled)
         return not is_merging and not self._administration.is_busy
 
     def _may_go_on(self) -> bool:

@@ -1,4 +1,4 @@
-"""What `--merge` means for one base, and merging at start.
+"""What `--merge` means for one base: merging at start, or by a policy.
 
 Called by engine/setup.
 """
@@ -9,10 +9,19 @@ import dataclasses
 import time
 from collections.abc import Callable
 
+from loraswarm.adapters.catalog import Catalog
 from loraswarm.config import EngineConfig
-from loraswarm.engine.engine import Engine
+from loraswarm.core.base_shape import BaseShape
+from loraswarm.core.cost_model import CostFigures
+from loraswarm.core.sequence import AdapterKey
+from loraswarm.engine.engine import MERGE_SHARE, Engine
+from loraswarm.engine.merge_control import MergeFacts
 from loraswarm.engine.merging import linears_in_order
+from loraswarm.engine.policies.merging import MergeCosts, MergePolicy, make_policy
+from loraswarm.engine.scheduler import StepLimits
 from loraswarm.errors import ConfigError, LoRASwarmError
+from loraswarm.memory.geometry import PageGeometry
+from loraswarm.memory.tile_layout import adapter_bytes
 from loraswarm.models.decoder import Decoder
 
 MODES = ("off", "auto")
@@ -69,4 +78,38 @@ def merge_at_start(engine: Engine, config: EngineConfig, report: Callable[[str],
     report(
         f"merged adapter={name} linears={merger.num_merged} share={merger.share_merged:.2f}"
         f" bytes={merger.bytes} seconds={time.perf_counter() - begin_s:.1f}"
+    )
+
+
+def merge_policy(config: EngineConfig, figures: CostFigures | None) -> MergePolicy | None:
+    """The policy of `--merge auto`, of its own for one engine; None where none decides.
+
+    Raises    ConfigError if there is none of that name.
+    """
+    if config.merge != "auto":
+        return None
+    step = None if figures is None else figures.step
+    costs = MergeCosts(step=step, budget_share=MERGE_SHARE)
+    return make_policy(config.merge_policy, costs)
+
+
+def merge_facts(
+    config: EngineConfig, catalog: Catalog, shape: BaseShape, geometry: PageGeometry
+) -> MergeFacts:
+    """What that policy is told of the engine."""
+    known: dict[AdapterKey, int | None] = {}
+
+    def bytes_of(key: AdapterKey) -> int | None:
+        entry = catalog.entry_of(key)
+        if entry is None or entry.info is None:
+            return None
+        if key not in known:
+            size = adapter_bytes(entry.info, shape, geometry)
+            known[key] = size.own + size.shared if entry.info.max_rank > 0 else None
+        return known[key]
+
+    return MergeFacts(
+        limits=StepLimits(config.max_num_sequences, config.max_step_tokens),
+        kv_token_bytes=geometry.page_bytes // geometry.page_tokens,
+        bytes_of=bytes_of,
     )

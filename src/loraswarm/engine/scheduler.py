@@ -17,6 +17,7 @@ from loraswarm.adapters.adapter import AdapterInfo
 from loraswarm.core.events import ErrorInfo, FinishReason, SequenceEvent
 from loraswarm.core.sequence import AdapterKey, Sequence
 from loraswarm.engine.policies import Policy
+from loraswarm.engine.sequence_events import error_event, token_event
 from loraswarm.engine.step import ChunkResult, ScheduledChunk, Step
 from loraswarm.engine.supply import AdapterSupply
 from loraswarm.errors import InvalidRequest
@@ -199,10 +200,8 @@ class Scheduler:
 
     def adapters_in_use(self) -> tuple[Counter[str], Counter[str]]:
         """Running and waiting sequences by the names of their adapters."""
-        running, waiting = (
-            Counter(name for sequence in queue for name, _ in sequence.adapter_keys)
-            for queue in (self._running, self._waiting)
-        )
+        queues = self._running, self._waiting
+        running, waiting = (Counter(n for s in q for n, _ in s.adapter_keys) for q in queues)
         return running, waiting
 
     def check(self) -> None:
@@ -224,7 +223,7 @@ class Scheduler:
             errors = [failures[key] for key in sequence.adapter_keys if key in failures]
             if errors:
                 self._end(sequence)
-                events.append(_error_event(sequence, errors[0]))
+                events.append(error_event(sequence, errors[0]))
         return events
 
     def _all(self) -> list[Sequence]:
@@ -358,7 +357,7 @@ class Scheduler:
         sequence = chunk.sequence
         if result.error is not None:
             self._end(sequence)
-            return _error_event(sequence, result.error)
+            return error_event(sequence, result.error)
         sequence.num_computed += chunk.num_tokens
         self._kv.publish(sequence.request_id, sequence.token_ids, sequence.num_computed)
         sequence.prompt_logprobs.extend(result.prompt_logprobs)
@@ -374,7 +373,7 @@ class Scheduler:
             reason = "length"
         if reason is not None:
             self._end(sequence)
-        return _token_event(sequence, result, reason)
+        return token_event(sequence, result, reason)
 
     def _end(self, sequence: Sequence) -> None:
         if sequence in self._running:
@@ -398,24 +397,3 @@ class Scheduler:
 
 def _is_among(sequence: Sequence, only: Container[str] | None) -> bool:
     return only is None or sequence.request_id in only
-
-
-def _error_event(sequence: Sequence, error: ErrorInfo) -> SequenceEvent:
-    return SequenceEvent(request_id=sequence.request_id, finish_reason="error", error=error)
-
-
-def _token_event(
-    sequence: Sequence, result: ChunkResult, reason: FinishReason | None
-) -> SequenceEvent:
-    """The event of a chunk that reached the last known token; prompt logprobs go with the first."""
-    is_first = sequence.num_output == (result.token_id is not None)
-    return SequenceEvent(
-        request_id=sequence.request_id,
-        token_ids=() if result.token_id is None else (result.token_id,),
-        logprobs=(result.logprob,) if result.logprob is not None else None,
-        prompt_logprobs=tuple(sequence.prompt_logprobs) or None if is_first else None,
-        finish_reason=reason,
-        stop_token_id=result.token_id if reason == "stop" else None,
-        num_cached_tokens=sequence.num_cached if is_first else None,
-        queue_s=sequence.queue_s if is_first else None,
-    )

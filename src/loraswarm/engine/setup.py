@@ -30,7 +30,7 @@ from loraswarm.engine.loader_jobs import JobFailed, ScanDone, ScanJob
 from loraswarm.engine.loader_process import ProcessLoader
 from loraswarm.engine.loader_worker import LoadWorker, WorkerSpec
 from loraswarm.engine.merge_holds import MergeHolds
-from loraswarm.engine.merge_setup import merge_at_start, resolve_merge
+from loraswarm.engine.merge_setup import merge_at_start, merge_facts, merge_policy, resolve_merge
 from loraswarm.engine.merging import Merger
 from loraswarm.engine.model_runner import ModelRunner
 from loraswarm.engine.policies import FirstComeFirstServed
@@ -114,6 +114,7 @@ class Model(NamedTuple):
 
 def _build(config: EngineConfig, loader: Loader, model: Model, report: Report) -> Engine:
     path, model_config, _, figures = model
+    policy = merge_policy(config, figures)
     dtype = getattr(torch, config.dtype)
     loader.submit(ScanJob(FIRST_SCAN))
     report(f"loading model={config.model_name} path={path} dtype={config.dtype}")
@@ -140,6 +141,8 @@ def _build(config: EngineConfig, loader: Loader, model: Model, report: Report) -
     except BaseException:
         engine.close()
         raise
+    if policy is not None and engine.merger is not None:
+        engine.merge_by(policy, merge_facts(config, catalog, model_config.shape(), geometry))
     return engine
 
 
