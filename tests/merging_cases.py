@@ -44,8 +44,10 @@ def save_weak_swarm(
 
 
 def merging_engine(path: Path, **options: Any) -> Engine:
-    """An engine whose weights merge what `engine.merger` is told."""
-    return make_engine(path, **({"merge": "auto"} | options))
+    """An engine whose weights merge what `engine.merger` is told, and by no policy."""
+    engine = make_engine(path, **({"merge": "auto"} | options))
+    engine._merge_control = None
+    return engine
 
 
 def key_of(engine: Engine, name: str) -> AdapterKey:

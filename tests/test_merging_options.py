@@ -43,7 +43,7 @@ def test_an_adapter_named_at_start_is_merged_before_anything_is_served(swarm):
     assert engine.merger.num_switches == 1
 
 
-def test_by_default_and_with_auto_nothing_is_merged(swarm):
+def test_nothing_is_merged_by_default_or_of_itself(swarm):
     assert make_engine(swarm).merger is None
     assert EngineConfig(model="m").merge == "off"
     engine = merging_engine(swarm)
