@@ -1,19 +1,21 @@
 """Our policy: merge where what is surely saved over the steps ahead exceeds what switching costs.
 
-What it decides by, for an adapter h of b bytes in pages, over the next T steps (the best T):
+What it decides by: the steps ahead are cut into intervals (outlook), and for an adapter h of b
+bytes in pages the gain of having it merged in one of them is
 
-    value(h) = sum over intervals of share * gain - merge_s * (share at T - share now)
-    gain     = lora * (  lora_product_s * b * (tokens of h - tokens of others)
-                       + adapted_token_s * (tokens of h - tokens without an adapter)
-                       + (lora_s + adapter_s + tile_byte_s * b) * steps of h alone
-                       - (adapter_s + tile_byte_s * b) * steps of others alone )
+    gain = lora * (  lora_product_s * b * (tokens of h - tokens of others)
+                   + adapted_token_s * (tokens of h - tokens without an adapter)
+                   + (lora_s + adapter_s + tile_byte_s * b) * steps of h alone
+                   - (adapter_s + tile_byte_s * b) * steps of others alone )
 
 which is `effect.merged_work` in the figures of core/step_cost: rows of h save their tiles, others
 pay for h's with the sign reversed, so that the hot share must be high. `lora` is learned; a gain
-counts with the factor that is sure, a loss with the likely one. `share` grows as fast as the
-budget for switching allows. The gain's deviation comes from that of arrivals; a target is changed
-only if the new one's value exceeds the old one's by as much, which is the hysteresis. Restoring is
-free, so a target is given up when no T would pay.
+counts with the factor that is sure, a loss with the likely one. A plan says what is merged in each
+interval; it saves the sum of share * gain, less merge_s for what must be merged, and `share` grows
+as fast as the budget for switching allows. For each first thing to merge (what is the target now,
+the adapters with most work ahead, nothing) the best plan is found. If that which saves most does
+not begin with the target, the target is changed, provided that it saves more than never turning to
+another adapter by DEVIATIONS of the difference, which varies as arrivals do: the hysteresis.
 
 Nobody is ever excluded from a step. So a request waits no longer than with nothing merged, but for
 what the steps themselves take longer: the budget's share of each for switching, and, until a change
@@ -23,36 +25,21 @@ of the traffic is noticed, the merged adapter's own LoRA work on the others' row
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.policies.merging.forecast import Forecast
 from loraswarm.engine.policies.merging.learned import LearnedCosts
 from loraswarm.engine.policies.merging.outlook import SPANS, Load, Outlook, chance_of_none
+from loraswarm.engine.policies.merging.plan import Plan, Prospect, best_plan
 from loraswarm.engine.policies.merging.view import MergeCosts, MergeDecision, MergeView, StepSeen
 
-MAX_RIVALS = 4
+MAX_RIVALS = 3
 NO_LOAD = Load()
-EVERY_STEPS = 4
+EVERY_STEPS = 8
 """Decisions until the next one is thought over though the same requests are open."""
-DEVIATIONS = 2.0
+DEVIATIONS = 1.0
 """How many deviations of its forecast a change of target must pay for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """Seconds saved by an adapter's being merged over the best time ahead, and their deviation."""
-
-    seconds: float
-    deviation: float
-
-    @property
-    def surely_s(self) -> float:
-        return self.seconds - DEVIATIONS * self.deviation
-
-    @property
-    def perhaps_s(self) -> float:
-        return self.seconds + DEVIATIONS * self.deviation
 
 
 class CostPolicy:
@@ -90,18 +77,51 @@ class CostPolicy:
     def _best(
         self, view: MergeView, outlook: Outlook, target: AdapterKey | None
     ) -> AdapterKey | None:
-        least_s = 0.0
+        names = self._rivals(view, outlook, target)
         if target is not None:
-            kept = self._value(target, view, outlook)
-            if kept.perhaps_s < 0.0:
-                target = None
-            else:
-                least_s = max(0.0, kept.seconds)
-        for rival in self._rivals(view, outlook, target):
-            value_s = self._value(rival, view, outlook).surely_s
-            if value_s > least_s:
-                target, least_s = rival, value_s
-        return target
+            names.append(target)
+        prospect = Prospect(
+            gains_s={name: self._gains_s(name, view, outlook) for name in names},
+            growth=self._growth(outlook),
+            merge_s=self.learned.merge_s,
+        )
+        kept = best_plan(target, view.share_of(target), prospect)
+        others = [name for name in (None, *names) if name != target]
+        plans = [best_plan(name, view.share_of(name), prospect) for name in others]
+        best = max(plans, key=lambda plan: plan.seconds, default=kept)
+        alone = replace(
+            prospect, gains_s={n: g for n, g in prospect.gains_s.items() if n == target}
+        )
+        settled = best_plan(target, view.share_of(target), alone)
+        margin_s = DEVIATIONS * self._deviation(best, settled, view, outlook)
+        is_better = best.seconds > kept.seconds and best.seconds - settled.seconds > margin_s
+        return best.states[0] if is_better else target
+
+    def _growth(self, outlook: Outlook) -> list[float]:
+        """Share that may be merged in each interval."""
+        merge_s = max(self.learned.merge_s, 1e-9)
+        return [
+            self._budget_share * (end - begin) * step_s / merge_s
+            for (begin, end), step_s in zip(SPANS, outlook.step_s, strict=True)
+        ]
+
+    def _deviation(self, one: Plan, other: Plan, view: MergeView, outlook: Outlook) -> float:
+        """Of the difference of what two plans save."""
+        variance = 0.0
+        for place in range(len(SPANS)):
+            first, second = (self._slope(plan, place, view) for plan in (one, other))
+            is_same = one.states[place] == other.states[place]
+            slope = first - second if is_same else first + second
+            variance += slope**2 * outlook.total.variance[place]
+        return math.sqrt(variance)
+
+    def _slope(self, plan: Plan, place: int, view: MergeView) -> float:
+        """Seconds that a token more or less makes in an interval of a plan."""
+        state = plan.states[place]
+        if state is None:
+            return 0.0
+        unit_s = self.learned.lora * self.learned.step.lora_product_s * view.mergeable[state]
+        return plan.mean_shares[place] * unit_s
 
     def _rivals(
         self, view: MergeView, outlook: Outlook, target: AdapterKey | None
@@ -114,25 +134,9 @@ class CostPolicy:
         }
         return sorted(work, key=lambda name: -work[name])[:MAX_RIVALS]
 
-    def _value(self, adapter: AdapterKey, view: MergeView, outlook: Outlook) -> Value:
-        """The best over times ahead, of at least one interval."""
-        merge_s = max(self.learned.merge_s, 1e-9)
-        share = first_share = view.share_of(adapter)
+    def _gains_s(self, adapter: AdapterKey, view: MergeView, outlook: Outlook) -> list[float]:
         num_bytes = view.mergeable[adapter]
-        unit = self.learned.lora * self.learned.step.lora_product_s * num_bytes
-        saved_s, variance, best = 0.0, 0.0, None
-        for place, (begin, end) in enumerate(SPANS):
-            growth = self._budget_share * (end - begin) * outlook.step_s[place] / merge_s
-            last_share = min(1.0, share + growth)
-            mean_share = _mean_share(share, last_share, growth)
-            saved_s += mean_share * self._gain_s(adapter, num_bytes, outlook, place)
-            variance += (mean_share * unit) ** 2 * outlook.total.variance[place]
-            share = last_share
-            value = Value(saved_s - merge_s * (share - first_share), math.sqrt(variance))
-            if best is None or value.surely_s > best.surely_s:
-                best = value
-        assert best is not None
-        return best
+        return [self._gain_s(adapter, num_bytes, outlook, place) for place in range(len(SPANS))]
 
     def _gain_s(self, adapter: AdapterKey, num_bytes: int, outlook: Outlook, place: int) -> float:
         """Seconds that an interval's steps would take less with all of it merged."""
@@ -153,11 +157,3 @@ class CostPolicy:
             - fixed_s * length * is_absent * (1.0 - are_absent)
         )
         return gain * (learned.surely_lora if gain > 0.0 else learned.lora)
-
-
-def _mean_share(first: float, last: float, growth: float) -> float:
-    """Of a share that grows by `growth` until it is `last`, over the interval."""
-    if growth <= 0.0:
-        return first
-    ramp = (last - first) / growth
-    return ramp * (first + last) / 2.0 + (1.0 - ramp) * last
