@@ -2,12 +2,18 @@
 test has just written are taken as complete. No test sees a CUDA device, and Triton's kernels are
 interpreted, unless LORASWARM_TEST_DEVICE is cuda."""
 
+import itertools
 import os
+import re
+import sys
 import zlib
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("NUMBA_NUM_THREADS", "4")
+# Idle threads of torch sleep at once: where another process has their core, spinning ones keep each
+# small product waiting for milliseconds.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if os.environ.get("LORASWARM_TEST_DEVICE", "cpu") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TRITON_INTERPRET"] = "1"
@@ -18,21 +24,57 @@ SLICES = 8
 """Of the cases of a test that interprets Triton's kernels one in so many is run."""
 
 
+MAX_PRODUCT = 10
+"""A test of three parameters or more has at most so many cases in full."""
+
+
 def pytest_collection_modifyitems(config, items):
-    """Interpreted kernels take minutes: of each test's cases a fixed slice is run, unless
-    LORASWARM_TEST_ALL is 1. A device runs all."""
+    """Run fewer cases than there are, unless LORASWARM_TEST_ALL is 1. A device runs all.
+
+    Interpreted kernels take minutes: of each test's cases a fixed slice is run. Any other test
+    whose parameters multiply runs so many cases that every value of each parameter meets every
+    value of each other one; of three or more values not all meet at once.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("LORASWARM_TEST_ALL") == "1":
         return
-    seen, left = set(), []
+    tests = {}
     for item in items:
-        is_sliced = Path(item.path).name.startswith("test_triton_") and hasattr(item, "callspec")
-        test = item.nodeid.split("[")[0]
-        if is_sliced and test in seen and zlib.crc32(item.nodeid.encode()) % SLICES:
-            left.append(item)
-        seen.add(test)
+        tests.setdefault(item.nodeid.split("[")[0], []).append(item)
+    left = set()
+    for cases in tests.values():
+        if len(cases) == 1:
+            continue
+        if Path(cases[0].path).name.startswith("test_triton_"):
+            left.update(item for item in cases[1:] if zlib.crc32(item.nodeid.encode()) % SLICES)
+        elif len(cases) > MAX_PRODUCT:
+            left.update(set(cases) - set(pairwise(cases)))
     if left:
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in set(left)]
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
+
+
+def pairwise(cases):
+    """Of a test's cases so many that two values which any case has are together in one of these.
+
+    Each in turn is the one that adds most pairs, the first of equals: the same in every run.
+    """
+    pairs = {case: pairs_of(case) for case in cases}
+    missing = set().union(*pairs.values())
+    chosen = []
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(pairs[case] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen
+
+
+def pairs_of(case):
+    """Every two values of a case, and each with itself; what one list gives together is one."""
+    params = case.callspec.params
+    lists = [mark.args[0] for mark in case.iter_markers("parametrize")]
+    groups = [re.findall(r"\w+", names) if isinstance(names, str) else names for names in lists]
+    groups += [[name] for name in params.keys() - set(itertools.chain(*groups))]
+    values = sorted(tuple((name, id(params[name])) for name in group) for group in groups)
+    return set(itertools.combinations_with_replacement(values, 2))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -43,6 +85,14 @@ def nothing_needs_to_settle():
     before, scanner.SETTLE_S = scanner.SETTLE_S, 0.0
     yield
     scanner.SETTLE_S = before
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads_of_torch():
+    """What an engine has set for the whole process goes with the module that made it."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture
