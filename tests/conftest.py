@@ -2,9 +2,7 @@
 test has just written are taken as complete. No test sees a CUDA device, and Triton's kernels are
 interpreted, unless LORASWARM_TEST_DEVICE is cuda."""
 
-import itertools
 import os
-import re
 import sys
 import zlib
 from pathlib import Path
@@ -20,10 +18,10 @@ if os.environ.get("LORASWARM_TEST_DEVICE", "cpu") == "cpu":
 
 import pytest
 
+from case_selection import pairwise
+
 SLICES = 8
 """Of the cases of a test that interprets Triton's kernels one in so many is run."""
-
-
 MAX_PRODUCT = 10
 """A test of three parameters or more has at most so many cases in full."""
 
@@ -31,9 +29,8 @@ MAX_PRODUCT = 10
 def pytest_collection_modifyitems(config, items):
     """Run fewer cases than there are, unless LORASWARM_TEST_ALL is 1. A device runs all.
 
-    Interpreted kernels take minutes: of each test's cases a fixed slice is run. Any other test
-    whose parameters multiply runs so many cases that every value of each parameter meets every
-    value of each other one; of three or more values not all meet at once.
+    Interpreted kernels take minutes: of each test's cases a fixed slice is run. Of any other test's
+    cases so many are run that every two values which meet in one of all meet in one of these.
     """
     if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("LORASWARM_TEST_ALL") == "1":
         return
@@ -51,30 +48,6 @@ def pytest_collection_modifyitems(config, items):
     if left:
         config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = [item for item in items if item not in left]
-
-
-def pairwise(cases):
-    """Of a test's cases so many that two values which any case has are together in one of these.
-
-    Each in turn is the one that adds most pairs, the first of equals: the same in every run.
-    """
-    pairs = {case: pairs_of(case) for case in cases}
-    missing = set().union(*pairs.values())
-    chosen = []
-    while missing:
-        chosen.append(max(cases, key=lambda case: len(pairs[case] & missing)))
-        missing -= pairs[chosen[-1]]
-    return chosen
-
-
-def pairs_of(case):
-    """Every two values of a case, and each with itself; what one list gives together is one."""
-    params = case.callspec.params
-    lists = [mark.args[0] for mark in case.iter_markers("parametrize")]
-    groups = [re.findall(r"\w+", names) if isinstance(names, str) else names for names in lists]
-    groups += [[name] for name in params.keys() - set(itertools.chain(*groups))]
-    values = sorted(tuple((name, id(params[name])) for name in group) for group in groups)
-    return set(itertools.combinations_with_replacement(values, 2))
 
 
 @pytest.fixture(autouse=True, scope="session")
