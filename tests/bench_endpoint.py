@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import queue
-import subprocess
-import sys
 import threading
 from contextlib import contextmanager
 
@@ -57,14 +54,3 @@ def options(server, **others):
 
 def prompts_of(server):
     return [tuple(one.body["prompt"]) for one in server.requests]
-
-
-def loraswarm(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "loraswarm", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"COLUMNS": "100"},
-        check=False,
-    )

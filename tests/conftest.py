@@ -3,36 +3,51 @@ test has just written are taken as complete. No test sees a CUDA device, and Tri
 interpreted, unless LORASWARM_TEST_DEVICE is cuda."""
 
 import os
+import sys
 import zlib
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("NUMBA_NUM_THREADS", "4")
+# Idle threads of torch sleep at once: where another process has their core, spinning ones keep each
+# small product waiting for milliseconds.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if os.environ.get("LORASWARM_TEST_DEVICE", "cpu") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 
+from case_selection import pairwise
+
 SLICES = 16
 """Of the cases of a test that interprets Triton's kernels one in so many is run."""
+MAX_PRODUCT = 10
+"""A test of three parameters or more has at most so many cases in full."""
 
 
 def pytest_collection_modifyitems(config, items):
-    """Interpreted kernels take minutes: of each test's cases a fixed slice is run, unless
-    LORASWARM_TEST_ALL is 1. A device runs all."""
+    """Run fewer cases than there are, unless LORASWARM_TEST_ALL is 1. A device runs all.
+
+    Interpreted kernels take minutes: of each test's cases a fixed slice is run. Of any other test's
+    cases so many are run that every two values which meet in one of all meet in one of these.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("LORASWARM_TEST_ALL") == "1":
         return
-    seen, left = set(), []
+    tests = {}
     for item in items:
-        is_sliced = Path(item.path).name.startswith("test_triton_") and hasattr(item, "callspec")
-        test = item.nodeid.split("[")[0]
-        if is_sliced and test in seen and zlib.crc32(item.nodeid.encode()) % SLICES:
-            left.append(item)
-        seen.add(test)
+        tests.setdefault(item.nodeid.split("[")[0], []).append(item)
+    left = set()
+    for cases in tests.values():
+        if len(cases) == 1:
+            continue
+        if Path(cases[0].path).name.startswith("test_triton_"):
+            left.update(item for item in cases[1:] if zlib.crc32(item.nodeid.encode()) % SLICES)
+        elif len(cases) > MAX_PRODUCT:
+            left.update(set(cases) - set(pairwise(cases)))
     if left:
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in set(left)]
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -43,6 +58,14 @@ def nothing_needs_to_settle():
     before, scanner.SETTLE_S = scanner.SETTLE_S, 0.0
     yield
     scanner.SETTLE_S = before
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads_of_torch():
+    """What an engine has set for the whole process goes with the module that made it."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from loraswarm.server.serve import bind, serve, url_of
 
 T = TypeVar("T")
 TIMEOUT_S = 30.0
+REQUESTS_TIMEOUT_S = 600.0
 
 
 @dataclass
@@ -107,4 +108,7 @@ def openai_client(base_url: str, api_key: str = "none") -> Iterator[openai.OpenA
 
 
 def async_openai_client(base_url: str) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0)
+    """Many requests at once may take longer to connect than the client's own five seconds."""
+    return openai.AsyncOpenAI(
+        base_url=base_url, api_key="none", max_retries=0, timeout=REQUESTS_TIMEOUT_S
+    )

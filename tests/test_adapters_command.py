@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from adapter_factory import SMALL_SHAPE, save_random_adapter, write_adapter
-from loraswarm.__main__ import main
+from command_line import error_line, run_here, run_process
 from loraswarm.adapters.inferred_shape import infer_shape
 from loraswarm.adapters.source import open_source
 from loraswarm.commands.adapter_report import as_table
@@ -39,17 +38,6 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def shape(model) -> BaseShape:
     return decoder_config(read_config(model)).shape()
-
-
-def run(*arguments: object, columns: int = 200) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "loraswarm", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"COLUMNS": str(columns)},
-        check=False,
-    )
 
 
 def checked(capsys, *paths: Path, **options) -> tuple[int, dict[str, dict]]:
@@ -159,7 +147,9 @@ def test_without_a_base_sizes_come_from_the_tensors(tmp_path, capsys, shape):
     assert rows["alone"]["checked_against"] is None
     elements = 5 * shape.num_layers * sum(sum(shape.target_sizes[i]) for i in (1, 6))
     assert 2 * elements <= rows["alone"]["bytes_on_device"] <= 2 * elements * 1.2
-    assert "ok, not checked against a base" in run("adapters", "check", path).stdout
+    code = check([str(path)], CheckOptions(), False)
+    assert code == 0
+    assert "ok, not checked against a base" in capsys.readouterr().out
 
 
 def test_what_no_base_could_serve_is_refused_without_one(tmp_path, capsys, shape):
@@ -265,16 +255,16 @@ def test_no_shape_is_inferred_from_tensors_that_do_not_tell(tmp_path, peft_type,
         assert infer_shape(source) is None
 
 
-def test_tables_keep_within_the_terminal(tmp_path, model, shape):
+def test_tables_keep_within_the_terminal(tmp_path, capfd, model, shape):
     save_random_adapter(tmp_path / "sql", shape, rank=24)
     save_random_adapter(tmp_path / "bad", shape, config_overrides={"brand_new_key": 1})
-    wide = run("adapters", "check", tmp_path, "--model", model)
+    wide = run_here(capfd, "adapters", "check", tmp_path, "--model", model, columns=200)
     assert wide.returncode == 1
     heading, *lines = wide.stdout.splitlines()
     assert re.split(r"\s{2,}", heading)[-2:] == ["bytes on device", "verdict"]
     row = next(line for line in lines if line.startswith("sql"))
     assert re.split(r"\s{2,}", row)[:5] == ["sql", "peft", "lora", "24", "all 7"]
-    narrow = run("adapters", "check", tmp_path, "--model", model, columns=44)
+    narrow = run_here(capfd, "adapters", "check", tmp_path, "--model", model, columns=44)
     assert max(map(len, narrow.stdout.splitlines())) <= 44
     assert "sql: ok\n  peft lora, rank 24, all 7, " in narrow.stdout
     assert "bad: refused\n" in narrow.stdout
@@ -319,35 +309,28 @@ def test_headers_are_checked_without_torch(tmp_path, shape):
         (["merge", "MODEL", "ADAPTER", "-o", "MODEL/config.json/x"], "cannot write"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_1(
-    tmp_path, capsys, monkeypatch, model, shape, arguments, message
-):
+def test_a_mistake_is_one_line_and_exit_code_1(tmp_path, capfd, model, shape, arguments, message):
     adapter = save_random_adapter(tmp_path / "adapter", shape)
     places = {"MODEL": model, "ADAPTER": adapter, "OUT": tmp_path / "out"}
     filled = [re.sub("MODEL|ADAPTER|OUT", lambda m: str(places[m[0]]), text) for text in arguments]
-    monkeypatch.setattr(sys, "argv", ["loraswarm", *filled])
-    with pytest.raises(SystemExit) as exited:
-        main()
-    printed = capsys.readouterr()
-    assert exited.value.code == 1
-    assert printed.out == ""
-    assert len(printed.err.splitlines()) == 1
-    assert printed.err.startswith("loraswarm: error: ")
-    assert message in printed.err
+    done = run_here(capfd, *filled)
+    assert message in error_line(done)
+    assert (done.stdout, done.stderr.count("\n")) == ("", 1)
     assert not (tmp_path / "out").exists()
 
 
-def test_convert_writes_what_peft_writes(tmp_path, model, shape):
+def test_convert_writes_what_peft_writes(tmp_path, capfd, model, shape):
     source = save_random_adapter(tmp_path / "source", shape)
     tensors = load_file(source / "adapter_model.safetensors")
     (source / "adapter_model.safetensors").unlink()
     torch.save(tensors, source / "adapter_model.bin")
-    done = run("adapters", "convert", source, "-o", tmp_path / "out")
+    done = run_process("adapters", "convert", source, "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     converted = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert converted.keys() == tensors.keys()
     assert all(torch.equal(converted[name], tensors[name]) for name in tensors)
-    assert run("adapters", "check", tmp_path / "out", "--model", model).returncode == 0
+    checking = run_here(capfd, "adapters", "check", tmp_path / "out", "--model", model)
+    assert checking.returncode == 0
 
 
 @pytest.mark.parametrize("arguments", [["adapters"], ["adapters", "check"], ["merge"]])

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from bench_cases import result, steady_point
-from bench_endpoint import fake_server, loraswarm, options
+from bench_endpoint import fake_server, options
+from command_line import error_line, run_here, run_process
 from loraswarm.bench.report import read_result, write_json
 from loraswarm.commands import bench as command
 from loraswarm.commands.bench import bench, compare
@@ -125,7 +126,7 @@ def test_a_workload_is_refused_by_its_option_before_an_engine_is_made(
 
 def test_every_option_is_on_the_command_line_and_means_the_field(server, tmp_path):
     file = tmp_path / "a.json"
-    asked = loraswarm(
+    asked = run_process(
         *("bench", "--url", server.url, "--adapters", "sql,pirate", "--popularity", "round-robin"),
         *("--base-share", "0.2", "--prompt-tokens", "9", "--output-tokens", "2", "--prefixes", "2"),
         *("--shared-prefix", "0.5", "--requests", "10", "--concurrency", "2", "--warmup", "1"),
@@ -147,7 +148,7 @@ def test_every_option_is_on_the_command_line_and_means_the_field(server, tmp_pat
     assert server.num_connections == 11
 
 
-def test_mistakes_are_one_line_and_exit_code_1(server):
+def test_mistakes_are_one_line_and_exit_code_1(server, capfd):
     for arguments, message in [
         (["bench"], "give either --url"),
         (["bench", "--url", server.url, "--adapters", "nobody"], "no model or adapter is named"),
@@ -157,12 +158,8 @@ def test_mistakes_are_one_line_and_exit_code_1(server):
         (["bench", "calibrate", "m", "-o", "c.json", "--rounds", "0"], "--rounds is 0"),
         (["bench", "calibrate", "m", "-o", "/tmp"], "--output is '/tmp'"),
     ]:
-        done = loraswarm(*arguments)
-        assert done.returncode == 1
-        assert "Traceback" not in done.stderr
-        errors = [line for line in done.stderr.splitlines() if line.startswith("loraswarm: error:")]
-        assert len(errors) == 1
-        assert message in errors[0]
+        done = run_here(capfd, *arguments)
+        assert message in error_line(done)
 
 
 def test_files_are_compared_and_drawn(tmp_path, capsys):
@@ -184,7 +181,7 @@ def test_help_brings_nothing_heavy():
         "sys.exit(str(heavy) if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    shown = loraswarm("bench", "--help").stdout
+    shown = run_process("bench", "--help").stdout
     for name in ("--shared-prefix", "--adapters-dir", "--records", "compare"):
         assert name in shown
 
@@ -235,7 +232,7 @@ def test_a_run_imports_no_torch(server):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
 
 
-def test_an_engine_in_this_process_is_measured(tmp_path):
+def test_an_engine_in_this_process_is_measured(tmp_path, capfd):
     from engine_factory import save_swarm  # brings torch, which no other test here needs
 
     save_swarm(tmp_path, 2, has_tokenizer=True)
@@ -244,7 +241,7 @@ def test_an_engine_in_this_process_is_measured(tmp_path):
     common += [str(tmp_path / "adapters"), "--num-threads", "1", "--vocab-size", "50"]
     common += ["--prompt-tokens", "7", "--output-tokens", "3", "--requests", "6", "--warmup", "1"]
     common += ["--dtype", "float32", "--pool-bytes", "8MiB", "--max-model-len", "64"]
-    done = loraswarm(*common, "--popularity", "round-robin", "--json", str(file))
+    done = run_here(capfd, *common, "--popularity", "round-robin", "--json", str(file))
     assert done.returncode == 0, done.stderr
     found = read_result(file)
     assert found["target"] == "offline model"
@@ -255,6 +252,5 @@ def test_an_engine_in_this_process_is_measured(tmp_path):
         "a000": 3,
         "a001": 3,
     }
-    refused = loraswarm(*common, "--adapters", "a000,nobody")
-    assert refused.returncode == 1
-    assert "no model or adapter is named 'nobody'; known: a000, a001" in refused.stderr
+    refused = error_line(run_here(capfd, *common, "--adapters", "a000,nobody"))
+    assert "no model or adapter is named 'nobody'; known: a000, a001" in refused

@@ -6,12 +6,13 @@ import asyncio
 import dataclasses
 import os
 import signal
+from dataclasses import dataclass, field
 
 import pytest
 
 from engine_factory import make_engine, make_request, prompt_of, run_tokens, save_swarm
 from loraswarm.config import EngineConfig
-from loraswarm.core.admin import UnloadAdapter
+from loraswarm.core.admin import LoadAdapter, UnloadAdapter
 from loraswarm.core.client import served_names
 from loraswarm.core.request import SamplingParams
 from loraswarm.engine.child_client import ChildEngineClient
@@ -36,6 +37,42 @@ def config_of(path):
     )
 
 
+@dataclass
+class Started:
+    """Clients and the loop that they live in; `lines` are what the shared one's start reported."""
+
+    runner: asyncio.Runner
+    lines: list[str] = field(default_factory=list)
+    shared: ChildEngineClient | None = None
+    killed: ChildEngineClient | None = None
+    closed: ChildEngineClient | None = None
+    orphan: ChildEngineClient | None = None
+    without_model: BaseException | None = None
+
+
+@pytest.fixture(scope="module")
+def started(swarm, tmp_path_factory):
+    """One process for tests that do not end it and one for each of the others, all started at once:
+    a start takes seconds, most of them to import torch."""
+    config = config_of(swarm)
+    without_model = dataclasses.replace(config, model=str(tmp_path_factory.mktemp("empty")))
+    with asyncio.Runner() as runner:
+        started = Started(runner)
+
+        async def start():
+            reports = started.lines.append, print, print, print
+            starts = [ChildEngineClient.start(config, report) for report in reports]
+            starts.append(ChildEngineClient.start(without_model))
+            return await asyncio.gather(*starts, return_exceptions=True)
+
+        *clients, started.without_model = runner.run(start())
+        assert all(isinstance(client, ChildEngineClient) for client in clients), clients
+        started.shared, started.killed, started.closed, started.orphan = clients
+        yield started
+        for client in clients:
+            runner.run(client.close())
+
+
 async def collect(client, request):
     return [event async for event in client.generate(request)]
 
@@ -50,89 +87,83 @@ async def until_idle(client):
     raise AssertionError(f"still busy: {stats}")
 
 
-def test_answers_equal_those_of_an_engine_in_this_process(swarm):
+def test_answers_equal_those_of_an_engine_in_this_process(swarm, started):
     requests = [
         make_request(f"r{i}", name, prompt_of(i, 11))
         for i, name in enumerate([None, "a000", "a002"])
     ]
     expected = run_tokens(make_engine(swarm), requests)
+    client = started.shared
 
     async def main():
-        lines = []
-        client = await ChildEngineClient.start(config_of(swarm), lines.append)
-        try:
-            assert served_names(client.adapters) == ["a000", "a001", "a002"]
-            found = await asyncio.gather(*(collect(client, request) for request in requests))
-        finally:
-            await client.close()
-        assert any("loading" in line for line in lines)
-        return found
+        assert served_names(client.adapters) == ["a000", "a001", "a002"]
+        return await asyncio.gather(*(collect(client, request) for request in requests))
 
-    for request, events in zip(requests, asyncio.run(main()), strict=True):
+    for request, events in zip(requests, started.runner.run(main()), strict=True):
         tokens = [token for event in events for token in event.token_ids]
         assert tokens == expected[request.request_id]
         assert [event.finish_reason for event in events].count(None) == len(events) - 1
+    assert any("loading" in line for line in started.lines)
 
 
-def test_an_unload_is_answered_when_its_last_request_ends_though_nothing_else_happens(swarm):
+def test_an_unload_is_answered_when_its_last_request_ends_though_nothing_else_happens(started):
+    client = started.shared
+
     async def main():
-        client = await ChildEngineClient.start(config_of(swarm))
-        try:
-            params = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True)
-            stream = client.generate(make_request("x", "a001", prompt_of(1, 9), params))
-            await anext(stream)
-            unload = asyncio.create_task(client.administer(UnloadAdapter("a001")))
-            rest = [event async for event in stream]
-            assert rest[-1].finish_reason == "length"
-            state = await asyncio.wait_for(unload, 60)
-            assert state.state == "unloaded"
-            assert "a001" not in client.adapters
-            assert (await client.stats()).num_adapter_pages == 0
-        finally:
-            await client.close()
+        for name in ("a000", "a002"):
+            await client.administer(UnloadAdapter(name))
+        params = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True)
+        stream = client.generate(make_request("x", "a001", prompt_of(1, 9), params))
+        await anext(stream)
+        assert (await client.stats()).num_adapter_pages > 0
+        unload = asyncio.create_task(client.administer(UnloadAdapter("a001")))
+        rest = [event async for event in stream]
+        assert rest[-1].finish_reason == "length"
+        state = await asyncio.wait_for(unload, 60)
+        assert state.state == "unloaded"
+        assert "a001" not in client.adapters
+        assert (await client.stats()).num_adapter_pages == 0
+        for name in ("a000", "a001", "a002"):
+            await client.administer(LoadAdapter(name, name))
 
-    asyncio.run(main())
+    started.runner.run(main())
 
 
-def test_closing_a_stream_early_aborts_it_and_frees_its_pages(swarm):
+def test_closing_a_stream_early_aborts_it_and_frees_its_pages(started):
+    client = started.shared
+
     async def main():
-        client = await ChildEngineClient.start(config_of(swarm))
-        try:
-            stream = client.generate(make_request("x", "a001", prompt_of(1, 9), LONG))
-            await anext(stream)
-            queue = client._queues["x"]
-            await stream.aclose()
-            client._queues["x"] = queue
-            stats = await until_idle(client)
-            assert stats.num_kv_pages == 0
-            assert stats.num_pinned_adapters == 0
-            last = [queue.get_nowait() for _ in range(queue.qsize())][-1]
-            assert last.finish_reason == "abort"
-        finally:
-            await client.close()
+        stream = client.generate(make_request("x", "a001", prompt_of(1, 9), LONG))
+        await anext(stream)
+        queue = client._queues["x"]
+        await stream.aclose()
+        client._queues["x"] = queue
+        stats = await until_idle(client)
+        del client._queues["x"]
+        assert stats.num_kv_pages == 0
+        assert stats.num_pinned_adapters == 0
+        last = [queue.get_nowait() for _ in range(queue.qsize())][-1]
+        assert last.finish_reason == "abort"
 
-    asyncio.run(main())
+    started.runner.run(main())
 
 
-def test_refusals_arrive_as_the_only_event_with_status_and_field(swarm):
+def test_refusals_arrive_as_the_only_event_with_status_and_field(started):
     async def main():
-        client = await ChildEngineClient.start(config_of(swarm))
-        try:
-            (unknown,) = await collect(client, make_request("x", "nobody", prompt_of(0, 3)))
-            (empty,) = await collect(client, make_request("y", None, ()))
-        finally:
-            await client.close()
+        (unknown,) = await collect(started.shared, make_request("x", "nobody", prompt_of(0, 3)))
+        (empty,) = await collect(started.shared, make_request("y", None, ()))
         return unknown.error, empty.error
 
-    unknown, empty = asyncio.run(main())
+    unknown, empty = started.runner.run(main())
     assert unknown.http_status == 404
     assert "a000, a001, a002" in unknown.message
     assert (empty.http_status, empty.param) == (400, "prompt")
 
 
-def test_when_the_process_is_killed_every_open_request_gets_one_error_event(swarm):
+def test_when_the_process_is_killed_every_open_request_gets_one_error_event(started):
+    client = started.killed
+
     async def main():
-        client = await ChildEngineClient.start(config_of(swarm))
         requests = [make_request(f"r{i}", "a000", prompt_of(i, 5), LONG) for i in range(3)]
         tasks = [asyncio.create_task(collect(client, request)) for request in requests]
         async with asyncio.timeout(60):
@@ -149,15 +180,16 @@ def test_when_the_process_is_killed_every_open_request_gets_one_error_event(swar
         await client.close()
         return [*found, late]
 
-    for events in asyncio.run(main()):
+    for events in started.runner.run(main()):
         assert [event.finish_reason for event in events if event.finish_reason] == ["error"]
         assert "engine process has ended" in events[-1].error.message
         assert events[-1].error.http_status == 500
 
 
-def test_close_ends_open_requests_and_the_process(swarm):
+def test_close_ends_open_requests_and_the_process(started):
+    client = started.closed
+
     async def main():
-        client = await ChildEngineClient.start(config_of(swarm))
         task = asyncio.create_task(collect(client, make_request("x", None, prompt_of(0, 5), LONG)))
         async with asyncio.timeout(60):
             while (await client.stats()).num_running < 1:
@@ -168,22 +200,22 @@ def test_close_ends_open_requests_and_the_process(swarm):
             os.kill(client.pid, 0)
         return events
 
-    assert asyncio.run(main())[-1].finish_reason == "abort"
+    assert started.runner.run(main())[-1].finish_reason == "abort"
 
 
-def test_a_model_that_cannot_be_loaded_is_a_config_error_here_too(swarm, tmp_path):
-    config = dataclasses.replace(config_of(swarm), model=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"config\.json"):
-        asyncio.run(ChildEngineClient.start(config))
+def test_a_model_that_cannot_be_loaded_is_a_config_error_here_too(started):
+    assert isinstance(started.without_model, ConfigError)
+    assert "config.json" in str(started.without_model)
 
 
-def test_the_process_ends_when_its_parent_is_gone(swarm):
+def test_the_process_ends_when_its_parent_is_gone(started):
+    client = started.orphan
+
     async def main():
-        client = await ChildEngineClient.start(config_of(swarm))
         client._process.stdin.close()
         await asyncio.wait_for(client.wait_closed(), 10)
         assert not client.is_alive
         assert client._process.returncode == 0
         await client.close()
 
-    asyncio.run(main())
+    started.runner.run(main())

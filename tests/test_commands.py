@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from adapter_factory import CONFIG_FILE, WEIGHTS_FILE, save_random_adapter, write_adapter
+from command_line import error_line, run_here, run_process
 from engine_factory import save_swarm
 from locked_files import lock
-from loraswarm.__main__ import main
 from loraswarm.adapters.describing import scan_now
 from loraswarm.commands import adapters as adapters_command
 from loraswarm.commands import generate as generate_command
@@ -25,6 +25,7 @@ from loraswarm.commands.adapters import CheckOptions, check
 from loraswarm.commands.options import parse_bytes
 from loraswarm.config import EngineConfig
 from loraswarm.core.request import SamplingParams
+from loraswarm.engine.setup import build_engine
 from loraswarm.errors import AdapterError, ConfigError, LoRASwarmError
 from loraswarm.models.families import decoder_config
 from loraswarm.models.source import read_config
@@ -37,15 +38,13 @@ def swarm(tmp_path_factory):
     return path
 
 
-def loraswarm(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "loraswarm", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"COLUMNS": "100"},
-        check=False,
-    )
+class EngineHere:
+    """In place of the engine's process: what an engine refuses, it refuses as well in this one."""
+
+    @staticmethod
+    async def start(config, report):
+        build_engine(config, report).close()
+        raise AssertionError("nothing was refused")
 
 
 @pytest.mark.parametrize(
@@ -73,41 +72,55 @@ def loraswarm(*arguments):
         (["generate", "MODEL", "--prompt", "x", "--max-tokens", "9999"], "max_tokens is 9,999"),
     ],
 )
-def test_a_mistake_is_one_line_on_stderr_and_exit_code_1(swarm, arguments, message):
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_1(
+    swarm, monkeypatch, capfd, arguments, message
+):
+    monkeypatch.setattr("loraswarm.commands.serve.ChildEngineClient", EngineHere)
     filled = [text.replace("MODEL", str(swarm / "model")) for text in arguments]
-    done = loraswarm(*filled)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("loraswarm: error:")]
-    assert len(errors) == 1
-    assert message in errors[0]
+    assert message in error_line(run_here(capfd, *filled))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["serve", "MODEL", "--pool-bytes", "10"], "one page of this model takes"),
+    ],
+)
+def test_a_process_ends_with_one_line_on_stderr_and_exit_code_1(swarm, arguments, message):
+    """The second is refused by the engine's process, once it has loaded the base."""
+    filled = [text.replace("MODEL", str(swarm / "model")) for text in arguments]
+    assert message in error_line(run_process(*filled))
 
 
 def test_help_and_version_succeed():
-    assert "serve" in loraswarm("--help").stdout
-    assert "serve" in loraswarm().stdout
-    assert re.fullmatch(r"loraswarm \d+\.\d+\.\d+\n", loraswarm("--version").stdout)
+    shown, without_arguments, version = (
+        run_process(*arguments) for arguments in (["--help"], [], ["--version"])
+    )
+    assert shown.returncode == without_arguments.returncode == version.returncode == 0
+    assert "serve" in shown.stdout
+    assert "serve" in without_arguments.stdout
+    assert re.fullmatch(r"loraswarm \d+\.\d+\.\d+\n", version.stdout)
 
 
-def test_an_adapter_given_by_path_wins_over_one_of_the_same_name(swarm, tmp_path):
+def test_an_adapter_given_by_path_wins_over_one_of_the_same_name(swarm, tmp_path, capfd):
     other = tmp_path / "a001"
     shutil.copytree(swarm / "adapters" / "a000", other)
-    common = ["generate", str(swarm / "model"), "--prompt", "Hello world", "--max-tokens", "8"]
-    roots = ["--adapters", str(swarm / "adapters")]
-    found = loraswarm(*common, *roots, "--adapter", str(other))
-    wanted = loraswarm(*common, *roots, "--adapter", "a000")
-    assert found.returncode == wanted.returncode == 0, found.stderr
-    assert found.stdout == wanted.stdout != loraswarm(*common, *roots, "--adapter", "a001").stdout
+    common = ["generate", swarm / "model", "--prompt", "Hello world", "--max-tokens", "8"]
+    common += ["--adapters", swarm / "adapters"]
+    found, wanted, shadowed = (
+        run_here(capfd, *common, "--adapter", adapter) for adapter in (other, "a000", "a001")
+    )
+    assert found.returncode == wanted.returncode == shadowed.returncode == 0, found.stderr
+    assert found.stdout == wanted.stdout != shadowed.stdout
 
 
-def test_generate_prints_the_answer_of_the_adapter_by_path_or_by_name(swarm):
+def test_generate_prints_the_answer_of_the_adapter_by_path_or_by_name(swarm, capfd):
     adapter = swarm / "adapters" / "a001"
-    model = str(swarm / "model")
-    common = ["generate", model, "--prompt", "Hello world", "--max-tokens", "8"]
-    by_path = loraswarm(*common, "--adapter", str(adapter))
-    by_name = loraswarm(*common, "--adapter", "a001", "--adapters", str(adapter.parent))
-    base = loraswarm(*common)
+    common = ["generate", swarm / "model", "--prompt", "Hello world", "--max-tokens", "8"]
+    by_path = run_process(*common, "--adapter", adapter)
+    by_name = run_here(capfd, *common, "--adapter", "a001", "--adapters", adapter.parent)
+    base = run_here(capfd, *common)
     assert by_path.returncode == by_name.returncode == base.returncode == 0, by_path.stderr
     assert by_path.stdout == by_name.stdout
     assert by_path.stdout != base.stdout
@@ -126,19 +139,6 @@ def test_sizes_are_read_with_their_units(text, expected):
 def test_sizes_without_meaning_are_refused(text):
     with pytest.raises(ConfigError, match="--x"):
         parse_bytes("--x", text)
-
-
-def failed(monkeypatch, capsys, *arguments: object) -> str:
-    """The one line on standard error of a command that ends with exit code 1, in this process."""
-    monkeypatch.setattr(sys, "argv", ["loraswarm", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exited:
-        main()
-    printed = capsys.readouterr()
-    assert exited.value.code == 1
-    assert printed.out == ""
-    (line,) = printed.err.splitlines()
-    assert line.startswith("loraswarm: error: ")
-    return line
 
 
 def save_dora(path: Path, model: Path) -> None:
@@ -238,7 +238,7 @@ def test_whatever_checking_an_adapter_raises_refuses_that_adapter_alone(
     ],
 )
 def test_a_directory_that_may_not_be_entered_is_one_line(
-    swarm, tmp_path, monkeypatch, capsys, arguments
+    swarm, tmp_path, monkeypatch, capfd, arguments
 ):
     (tmp_path / "locked").mkdir()
     places = {
@@ -250,7 +250,9 @@ def test_a_directory_that_may_not_be_entered_is_one_line(
     pattern = "|".join(places)
     filled = [re.sub(pattern, lambda match: str(places[match[0]]), text) for text in arguments]
     lock(monkeypatch, tmp_path / "locked")
-    line = failed(monkeypatch, capsys, *filled)
+    done = run_here(capfd, *filled)
+    line = error_line(done)
+    assert (done.stdout, done.stderr) == ("", line + "\n")
     assert "Permission denied" in line
     assert str(tmp_path / "locked") in line
     assert not (tmp_path / "out").exists()
@@ -271,9 +273,7 @@ def test_a_named_base_that_may_not_be_read_is_no_fault_of_the_adapter(
     assert re.search(f"the base that it names: .*{file}.*Permission denied", row["reason"])
 
 
-def test_an_error_of_the_system_is_one_line_even_if_no_command_foresaw_it(
-    swarm, monkeypatch, capsys
-):
+def test_an_error_of_the_system_is_one_line_even_if_no_command_foresaw_it(monkeypatch, capfd):
     for error, message in (
         (PermissionError(13, "Permission denied", "/a\nb"), r"cannot access '/a\nb': Permission"),
         (OSError(28, "No space left on device"), "No space left on device"),
@@ -283,7 +283,9 @@ def test_an_error_of_the_system_is_one_line_even_if_no_command_foresaw_it(
             raise error
 
         monkeypatch.setattr("loraswarm.commands.adapters.convert", fail)
-        assert message in failed(monkeypatch, capsys, "adapters", "convert", "a", "-o", "b")
+        done = run_here(capfd, "adapters", "convert", "a", "-o", "b")
+        assert message in error_line(done)
+        assert (done.stdout, done.stderr.count("\n")) == ("", 1)
 
 
 def test_a_reader_that_goes_away_is_no_traceback(swarm):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import httpx
 import openai
@@ -13,13 +16,17 @@ import pytest
 
 from adapter_factory import save_random_adapter
 from engine_factory import save_swarm
+from loraswarm import LLM, SamplingParams
 from loraswarm.models.families import decoder_config
 from loraswarm.models.source import read_config
 from openai_contract import OpenAIContract
-from served_process import served
+from served_process import ServedProcess, served
 from server_harness import async_openai_client, openai_client
 
-POOL = str(4 << 20)
+POOL_BYTES = 4 << 20
+NUM_CROWDED = 100
+CROWDED_POOL_BYTES = 300_000
+LONG_POOL_BYTES = 64 << 20
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +39,25 @@ def swarm(tmp_path_factory):
     return path
 
 
-def arguments(path):
+@pytest.fixture(scope="module")
+def long_swarm(tmp_path_factory):
+    """A base of so long a context that an answer need not end by itself while a test runs."""
+    path = tmp_path_factory.mktemp("long")
+    save_swarm(path, 2, has_tokenizer=True, max_position_embeddings=65_536)
+    return path
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory):
+    path = tmp_path_factory.mktemp("crowd")
+    save_swarm(path, 1, ranks=[8], has_tokenizer=True)
+    shape = decoder_config(read_config(path / "model")).shape()
+    for index in range(1, NUM_CROWDED):
+        save_random_adapter(path / "adapters" / f"a{index:03}", shape, rank=8, seed=index, std=0.2)
+    return path
+
+
+def arguments(path, pool_bytes=POOL_BYTES):
     return (
         str(path / "model"),
         "--adapters",
@@ -40,16 +65,42 @@ def arguments(path):
         "--served-model-name",
         "tiny",
         "--pool-bytes",
-        POOL,
+        str(pool_bytes),
         "--num-threads",
         "2",
     )
 
 
+@dataclass
+class Servers:
+    """`shared` is for tests that do not end it; each of the others is for one test."""
+
+    shared: ServedProcess
+    dying: ServedProcess
+    terminated: ServedProcess
+    interrupted: ServedProcess
+    one_at_a_time: ServedProcess
+    crowded: ServedProcess
+
+
 @pytest.fixture(scope="module")
-def server(swarm):
-    with served(*arguments(swarm)) as running:
-        yield running
+def servers(swarm, long_swarm, crowd):
+    """All started at once: a start takes seconds, most of them to import torch."""
+    plain = arguments(swarm)
+    one_at_a_time = (*arguments(long_swarm, LONG_POOL_BYTES), "--max-num-sequences", "1")
+    commands = [plain, plain, plain, plain, one_at_a_time, arguments(crowd, CROWDED_POOL_BYTES)]
+    with contextlib.ExitStack() as stack:
+        with ThreadPoolExecutor() as starting:
+            starts = [starting.submit(stack.enter_context, served(*each)) for each in commands]
+        servers = [start.result() for start in starts]
+        yield Servers(*servers)
+        for server in servers:
+            server.process.terminate()
+
+
+@pytest.fixture(scope="module")
+def server(servers):
+    return servers.shared
 
 
 class TestOpenAI(OpenAIContract):
@@ -100,24 +151,23 @@ def test_a_refused_adapter_and_an_unknown_one_say_why_and_the_next_request_works
         assert client.completions.create(model="a000", prompt="x", max_tokens=1).choices
 
 
-def test_a_client_that_hangs_up_in_mid_stream_makes_room_at_once(tmp_path):
+def test_a_client_that_hangs_up_in_mid_stream_makes_room_at_once(servers):
     """One request runs at a time; those that were hung up on would each take 60,000 tokens."""
-    save_swarm(tmp_path, 2, has_tokenizer=True, max_position_embeddings=65_536)
+    server = servers.one_at_a_time
     body = {"prompt": "x", "max_tokens": 60_000, "ignore_eos": True, "stream": True}
-    with served(*arguments(tmp_path)[:-4], "--max-num-sequences", "1") as server:
-        url = f"{server.base_url}/completions"
-        for index in range(8):
-            model = f"a{index % 2:03}"
-            with (
-                httpx.Client(timeout=60) as client,
-                client.stream("POST", url, json=body | {"model": model}) as response,
-            ):
-                next(response.iter_lines())
-        with openai_client(server.base_url) as client:
-            answer = client.completions.create(
-                model="a001", prompt="x", max_tokens=20, extra_body={"ignore_eos": True}
-            )
-        assert answer.usage.completion_tokens == 20
+    url = f"{server.base_url}/completions"
+    for index in range(8):
+        model = f"a{index % 2:03}"
+        with (
+            httpx.Client(timeout=60) as client,
+            client.stream("POST", url, json=body | {"model": model}) as response,
+        ):
+            next(response.iter_lines())
+    with openai_client(server.base_url) as client:
+        answer = client.completions.create(
+            model="a001", prompt="x", max_tokens=20, extra_body={"ignore_eos": True}
+        )
+    assert answer.usage.completion_tokens == 20
 
 
 def engine_pid(server):
@@ -125,82 +175,79 @@ def engine_pid(server):
     return child.pid
 
 
-def test_when_the_engine_dies_streams_end_with_an_error_and_the_server_exits_non_zero(swarm):
-    with served(*arguments(swarm)) as server:
-        body = {"model": "tiny", "prompt": "x", "max_tokens": 200, "ignore_eos": True}
-        url = f"{server.base_url}/completions"
-        with (
-            httpx.Client(timeout=20) as client,
-            client.stream("POST", url, json=body | {"stream": True, "n": 30}) as response,
-        ):
-            lines = response.iter_lines()
-            next(lines)
-            os.kill(engine_pid(server), signal.SIGKILL)
-            rest = [line for line in lines if line]
-        assert any('"error"' in line for line in rest)
-        assert server.process.wait(10) == 1
+def test_when_the_engine_dies_streams_end_with_an_error_and_the_server_exits_non_zero(servers):
+    server = servers.dying
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 200, "ignore_eos": True}
+    url = f"{server.base_url}/completions"
+    with (
+        httpx.Client(timeout=20) as client,
+        client.stream("POST", url, json=body | {"stream": True, "n": 30}) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        os.kill(engine_pid(server), signal.SIGKILL)
+        rest = [line for line in lines if line]
+    assert any('"error"' in line for line in rest)
+    assert server.process.wait(10) == 1
 
 
-def test_sigterm_to_the_whole_group_lets_running_requests_finish(swarm):
-    with served(*arguments(swarm)) as server:
-        body = {"model": "a002", "prompt": "x", "max_tokens": 150, "ignore_eos": True}
-        url = f"{server.base_url}/completions"
-        engine = engine_pid(server)
-        with (
-            httpx.Client(timeout=60) as client,
-            client.stream("POST", url, json=body | {"stream": True}) as response,
-        ):
-            lines = response.iter_lines()
-            next(lines)
-            os.kill(engine, signal.SIGTERM)
-            server.process.send_signal(signal.SIGTERM)
-            assert [line for line in lines if line][-1] == "data: [DONE]"
-        assert server.process.wait(30) == 0
+def test_sigterm_to_the_whole_group_lets_running_requests_finish(servers):
+    server = servers.terminated
+    body = {"model": "a002", "prompt": "x", "max_tokens": 150, "ignore_eos": True}
+    url = f"{server.base_url}/completions"
+    engine = engine_pid(server)
+    with (
+        httpx.Client(timeout=60) as client,
+        client.stream("POST", url, json=body | {"stream": True}) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        os.kill(engine, signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert server.process.wait(30) == 0
 
 
-def test_ctrl_c_lets_running_requests_finish(swarm):
-    with served(*arguments(swarm)) as server:
-        body = {"model": "a002", "prompt": "x", "max_tokens": 150, "ignore_eos": True}
-        engine = engine_pid(server)
-        url = f"{server.base_url}/completions"
-        with (
-            httpx.Client(timeout=20) as client,
-            client.stream("POST", url, json=body | {"stream": True}) as response,
-        ):
-            lines = response.iter_lines()
-            next(lines)
-            server.process.send_signal(signal.SIGINT)
-            rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]"
-        assert '"finish_reason":"length"' in rest[-2].replace(" ", "")
-        assert server.process.wait(10) == 0
-        assert not psutil.pid_exists(engine)
+def test_ctrl_c_lets_running_requests_finish(servers):
+    server = servers.interrupted
+    body = {"model": "a002", "prompt": "x", "max_tokens": 150, "ignore_eos": True}
+    engine = engine_pid(server)
+    url = f"{server.base_url}/completions"
+    with (
+        httpx.Client(timeout=20) as client,
+        client.stream("POST", url, json=body | {"stream": True}) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGINT)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in rest[-2].replace(" ", "")
+    assert server.process.wait(10) == 0
+    assert not psutil.pid_exists(engine)
 
 
-def test_a_hundred_adapters_through_a_pool_with_room_for_a_few(tmp_path):
-    save_swarm(tmp_path, 1, ranks=[8], has_tokenizer=True)
-    shape = decoder_config(read_config(tmp_path / "model")).shape()
-    for index in range(1, 100):
-        save_random_adapter(
-            tmp_path / "adapters" / f"a{index:03}", shape, rank=8, seed=index, std=0.2
-        )
+def test_a_hundred_adapters_through_a_pool_with_room_for_a_few(servers, crowd):
+    """Answers are those of an engine with room for all."""
+    names = [f"a{index:03}" for index in range(NUM_CROWDED)]
 
-    async def main(url):
-        async with async_openai_client(url) as client:
+    async def main():
+        async with async_openai_client(servers.crowded.base_url) as client:
 
-            async def ask(index):
+            async def ask(name):
                 answer = await client.completions.create(
-                    model=f"a{index:03}", prompt="item", max_tokens=5, temperature=0
+                    model=name, prompt="item", max_tokens=5, temperature=0
                 )
                 return answer.choices[0].text
 
-            first = await asyncio.gather(*(ask(i) for i in range(100)))
-            second = await asyncio.gather(*(ask(i) for i in reversed(range(100))))
+            first = await asyncio.gather(*(ask(name) for name in names))
+            second = await asyncio.gather(*(ask(name) for name in reversed(names)))
         return first, second[::-1]
 
-    with served(*arguments(tmp_path)[:-4], "--pool-bytes", "300000") as server:
-        first, second = asyncio.run(main(server.base_url))
-    with served(*arguments(tmp_path)) as roomy:
-        expected, _ = asyncio.run(main(roomy.base_url))
-    assert first == second == expected
+    first, second = asyncio.run(main())
+    options = {"pool_bytes": POOL_BYTES, "num_threads": 2}
+    with LLM(str(crowd / "model"), str(crowd / "adapters"), **options) as roomy:
+        params = SamplingParams(max_tokens=5, temperature=0)
+        outputs = roomy.generate(["item"] * NUM_CROWDED, params, adapter=names)
+    assert first == second == [output.text for output in outputs]
     assert len(set(first)) > 50

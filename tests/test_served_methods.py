@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from peft import VeraConfig
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapter_factory import (
@@ -57,16 +58,24 @@ class Swarm:
         ).eval()
         for name in names:
             METHOD_CASES[name](self.model, path / "adapters" / name)
+        self._expected: dict[tuple[str | None, tuple[int, ...]], Tensor] = {}
 
     def expected(self, name: str | None, tokens: list[int]) -> Tensor:
-        """Logits [tokens - 1, V] of the plain implementation."""
-        model = self.model
+        """Logits [tokens - 1, V] of the plain implementation, computed once for the same tokens."""
+        key = name, tuple(tokens)
+        if key not in self._expected:
+            with torch.inference_mode():
+                logits_TV = self._model_with(name)(torch.tensor([tokens[:-1]])).logits[0]
+            self._expected[key] = logits_TV
+        return self._expected[key]
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019
+    def _model_with(self, name: str | None) -> nn.Module:
+        if name is None:
+            return self.model
         if name == "tied-lora":
-            model = load_tied_lora(self.model, self.path / "adapters" / name)
-        elif name is not None:
-            model = load_peft_adapter(self.model, self.path / "adapters" / name)
-        with torch.inference_mode():
-            return model(torch.tensor([tokens[:-1]])).logits[0]
+            return load_tied_lora(self.model, self.path / "adapters" / name)
+        return load_peft_adapter(self.model, self.path / "adapters" / name)
 
 
 @pytest.fixture(scope="module")
