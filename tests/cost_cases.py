@@ -36,6 +36,7 @@ def figures(**changes: object) -> CostFigures:
         "step": dataclasses.asdict(KNOWN),
         "load": {"fixed_s": 0.01, "byte_s": 1e-9},
         "copy": {"fixed_s": 0.001, "byte_s": 1e-10},
+        "merge_s": 0.3,
         "machine": {
             "read_bytes_per_s": 3e10,
             "copy_bytes_per_s": 1e10,

@@ -167,6 +167,14 @@ def test_figures_that_predict_badly_are_called_doubtful():
     assert any("7 steps, median error 20.0%, worst 90.0%" in line for line in cost_lines(bad))
 
 
+def test_what_cannot_be_merged_has_no_figure():
+    assert any(
+        "merge             300 ms into all linears" in line for line in cost_lines(figures())
+    )
+    assert figures(merge_s=None).merge_s is None
+    assert any("merge             cannot be" in line for line in cost_lines(figures(merge_s=None)))
+
+
 def test_a_file_keeps_every_figure(tmp_path):
     figures().write(tmp_path / "costs.json")
     assert CostFigures.read(tmp_path / "costs.json") == figures()

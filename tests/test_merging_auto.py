@@ -75,7 +75,7 @@ def test_a_policy_sees_requests_and_steps_and_says_who_runs(swarm):
     assert sorted(ended) == ["r0", "r1", "r2"]
     assert [one.request_id for one in policy.views[-1].requests] == ["r2"]
     assert policy.views[-1].requests[0].adapter[0] == "a002"
-    hot = [seen for seen in policy.seen if seen.merged_share == 1.0 and seen.num_hot_tokens]
+    hot = [seen for seen in policy.seen if seen.merged_share > 0.0 and seen.num_hot_tokens]
     assert hot
     assert all(
         seen.merged_bytes > 0 and seen.num_hot_tokens <= seen.work.num_tokens for seen in hot

@@ -19,6 +19,7 @@ from loraswarm.bench.cost_fit import TimedStep, fit_step_costs, fit_transfer, re
 from loraswarm.bench.cost_table import cost_lines, rate_lines, step_lines
 from loraswarm.bench.environment import environment
 from loraswarm.bench.machine_rates import machine_rates
+from loraswarm.bench.merge_times import time_merges
 from loraswarm.bench.offline import set_engine_environment
 from loraswarm.bench.random_adapters import rank_bytes, write_adapters
 from loraswarm.bench.step_grid import (
@@ -103,7 +104,7 @@ def calibrate(
     fields = {"model": options.model, "prefix_caching": False, "device": "cpu"}
     config = EngineConfig.from_options(dict(options.engine) | fields)
     with _stores(options, report) as stores:
-        config = replace(config, adapters=stores)
+        config = replace(config, adapters=stores, merge="auto", merge_policy="never")
         engine = build_engine(config, report)
         try:
             return _Calibration(engine, config, options, report, clock).run()
@@ -160,6 +161,8 @@ class _Calibration:
         transfers = self._time_transfers()
         fitted, checked = self._time_steps(transfers)
         step = fit_step_costs(fitted)
+        self.report("merging")
+        merge_s = time_merges(self.engine, [each.adapter for each in transfers], self.clock)
         sizes = [each.num_bytes for each in transfers]
         figures = CostFigures(
             model=info.model,
@@ -171,6 +174,7 @@ class _Calibration:
             step=step,
             load=fit_transfer(sizes, [each.load_s for each in transfers]),
             copy=fit_transfer(sizes, [each.copy_s for each in transfers]),
+            merge_s=merge_s,
             machine=machine,
             fitted=residuals(step, fitted),
             checked=residuals(step, checked),

@@ -64,6 +64,7 @@ def cost_lines(figures: CostFigures) -> list[str]:
         f"prompt attention  {step.attention_pair_s * 1e9:.2f} ns per pair of tokens",
         f"load              {_transfer(figures.load)}",
         f"copy to pages     {_transfer(figures.copy)}",
+        f"merge             {_merge(figures.merge_s)}",
         f"fitted            {_residuals(figures.fitted)}",
         f"not fitted        {_residuals(figures.checked)}",
     ]
@@ -85,3 +86,7 @@ def _residuals(found: Residuals) -> str:
         f"{found.num_points} steps, median error {found.median_error:.1%}, "
         f"worst {found.worst_error:.1%}"
     )
+
+
+def _merge(seconds: float | None) -> str:
+    return "cannot be" if seconds is None else f"{seconds * 1e3:.0f} ms into all linears"

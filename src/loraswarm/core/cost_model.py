@@ -66,8 +66,9 @@ class CostFigures:
     """One machine, one base model, one number of threads.
 
     `load` brings an adapter of so many packed bytes from its store to host memory, `copy` from
-    there to its pages. `kv_token_bytes` are K and V of one token. `fitted` are the residuals of the
-    steps that the figures were fitted to, `checked` of other ones.
+    there to its pages. `merge_s` are the seconds to merge one into all linears; None if it cannot
+    be (integers), or there is no memory for the copies. `kv_token_bytes` are K and V of a token.
+    `fitted` are the residuals of the steps that the figures were fitted to, `checked` of others.
     """
 
     model: str
@@ -79,6 +80,7 @@ class CostFigures:
     step: StepCosts
     load: TransferCosts
     copy: TransferCosts
+    merge_s: float | None
     machine: MachineRates
     fitted: Residuals
     checked: Residuals

@@ -43,9 +43,15 @@ def _value(kind: Any, value: object, where: str) -> Any:
         if not isinstance(value, dict):
             refuse(where, value, "an object")
         return value
-    if kind is str or NoneType in get_args(kind):
-        if not isinstance(value, str if kind is str else str | None):
-            refuse(where, value, "a text" if kind is str else "a text or null")
+    if NoneType in get_args(kind):
+        if value is None:
+            return None
+        (kind,) = (each for each in get_args(kind) if each is not NoneType)
+        if kind is str and not isinstance(value, str):
+            refuse(where, value, "a text or null")
+    if kind is str:
+        if not isinstance(value, str):
+            refuse(where, value, "a text")
         return value
     return _number(kind, value, where)
 

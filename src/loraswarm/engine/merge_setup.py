@@ -5,9 +5,9 @@ Called by engine/setup.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from loraswarm.adapters.catalog import Catalog
 from loraswarm.config import EngineConfig
@@ -35,14 +35,14 @@ def resolve_merge(
     Raises    ConfigError if an adapter is named and cannot be merged into this base.
     """
     if config.merge == "off":
-        return dataclasses.replace(config, merge_bytes=None)
+        return replace(config, merge_bytes=None)
     reason = why_not_merged(decoder)
     if reason is None:
         return config
     if config.merge not in MODES:
         raise ConfigError(f"--merge {config.merge!r} cannot be: {reason}")
     report(f"merge=off reason={reason!r}")
-    return dataclasses.replace(config, merge="off", merge_bytes=None)
+    return replace(config, merge="off", merge_bytes=None)
 
 
 def why_not_merged(decoder: Decoder) -> str | None:
@@ -86,11 +86,11 @@ def merge_policy(config: EngineConfig, figures: CostFigures | None) -> MergePoli
 
     Raises    ConfigError if there is none of that name.
     """
-    if config.merge != "auto":
-        return None
-    step = None if figures is None else figures.step
-    costs = MergeCosts(step=step, budget_share=MERGE_SHARE)
-    return make_policy(config.merge_policy, costs)
+    costs = MergeCosts(budget_share=MERGE_SHARE)
+    if figures is not None:
+        costs = replace(costs, step=figures.step, merge_s=figures.merge_s)
+    policy = make_policy(config.merge_policy, costs)
+    return policy if config.merge == "auto" and config.merge_policy != "never" else None
 
 
 def merge_facts(

@@ -49,7 +49,8 @@ LINEAR_BYTES = ELEMENT_BYTES * SHAPE.num_layers * sum(i * o for i, o in SHAPE.ta
 HEAD_BYTES = ELEMENT_BYTES * SHAPE.vocab_size * SHAPE.hidden_size
 LINEAR_SHARE = LINEAR_BYTES / (LINEAR_BYTES + HEAD_BYTES)
 COPY_SHARE = 0.5
-"""Merging is taken to move a weight's bytes at this share of the rate at which memory is copied."""
+"""Where it was not measured, merging is taken to move a weight's bytes at this share of the rate at
+which memory is copied."""
 
 
 def default_figures() -> CostFigures:
@@ -84,6 +85,8 @@ class Machine:
     @cached_property
     def merge_s(self) -> float:
         """Seconds to merge an adapter into everything; restoring takes none."""
+        if self.figures.merge_s is not None:
+            return self.figures.merge_s
         rate = max(1.0, COPY_SHARE * self.figures.machine.copy_bytes_per_s)
         return LINEAR_SHARE * self.figures.weight_bytes / rate
 
