@@ -283,8 +283,9 @@ def test_calibrate_measures_a_tiny_model(swarm, tmp_path, monkeypatch, has_adapt
     assert found.load_s(1000) > 0
     assert found.copy_s(1000) > 0
     assert math.isfinite(found.copy.byte_s)
-    assert found.merge_s is not None
-    assert 0.0 < found.merge_s < math.inf
+    # The updates of the adapters given here are larger than the weights: they are not merged.
+    assert (found.merge_s is None) == has_adapters
+    assert found.merge_s is None or 0.0 < found.merge_s < math.inf
     assert any("left out" in line for line in lines)
     assert any("prompt of 48" in line for line in lines)
 

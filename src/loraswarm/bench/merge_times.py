@@ -21,7 +21,7 @@ def time_merges(
     engine: Engine, adapters: Sequence[str], clock: Callable[[], float]
 ) -> float | None:
     """Seconds to merge an adapter into all linears that it changes: the mean over some of them, of
-    the second time each, when the copies' memory has been touched. None if nothing is merged whole.
+    the second time each, when the copies' memory has been touched. None if none can be merged.
     """
     merger = engine.merger
     if merger is None:
@@ -29,17 +29,19 @@ def time_merges(
     found = []
     for name in [*adapters[:MAX_ADAPTERS], *adapters[:MAX_ADAPTERS]]:
         begin_s = clock()
-        if _is_merged_whole(merger, name):
-            found.append(clock() - begin_s)
+        share = _share_merged(merger, name)
+        if share > 0.0:
+            found.append((clock() - begin_s) / share)
     merger.set_target(None)
     found = found[len(found) // 2 :]
     return sum(found) / len(found) if found else None
 
 
-def _is_merged_whole(merger: Merger, name: str) -> bool:
+def _share_merged(merger: Merger, name: str) -> float:
+    """Merge it, and say how much could be."""
     key = merger.holds.key_of(name)
     if key is None:
-        return False
+        return 0.0
     merger.set_target(key)
     merger.advance(math.inf)
-    return merger.is_settled and merger.share_merged == 1.0
+    return merger.share_merged

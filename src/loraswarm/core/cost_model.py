@@ -66,8 +66,8 @@ class CostFigures:
     """One machine, one base model, one number of threads.
 
     `load` brings an adapter of so many packed bytes from its store to host memory, `copy` from
-    there to its pages. `merge_s` are the seconds to merge one into all linears; None if it cannot
-    be (integers), or there is no memory for the copies. `kv_token_bytes` are K and V of a token.
+    there to its pages. `merge_s` are the seconds to merge one into all linears; None if none
+    can be: integers, no memory for copies, updates that are too large. `kv_token_bytes` are K and V of a token.
     `fitted` are the residuals of the steps that the figures were fitted to, `checked` of others.
     """
 
