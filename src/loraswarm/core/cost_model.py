@@ -67,8 +67,9 @@ class CostFigures:
 
     `load` brings an adapter of so many packed bytes from its store to host memory, `copy` from
     there to its pages. `merge_s` are the seconds to merge one into all linears; None if none
-    can be: integers, no memory for copies, updates that are too large. `kv_token_bytes` are K and V of a token.
-    `fitted` are the residuals of the steps that the figures were fitted to, `checked` of others.
+    can be: integers, no memory for copies, updates that are too large. `kv_token_bytes` are K and
+    V of a token. `fitted` are the residuals of the steps that the figures were fitted to, `checked`
+    of others.
     """
 
     model: str
