@@ -197,6 +197,7 @@ def main() -> None:
             adapters=(f"{directory}/adapters",),
             num_threads=options.threads,
             merge="auto",
+            merge_policy="never",
             **engine_limits(options.batch, options.context, 6 * options.steps),
         )
         engine = build_engine(config, print)
