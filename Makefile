@@ -6,7 +6,7 @@ PEERS_JSON ?= benchmarks/results/peers.json
 GPU_PYTHON ?= python3
 GPU_JSON ?= benchmarks/results/gpu.json
 GPU_TESTS ?= $(wildcard tests/test_triton_*.py) $(addprefix tests/test_,decode_graphs.py transfer.py engine.py \
-	prefix_serving.py served_methods.py)
+	look_ahead.py look_ahead_engine.py prefix_serving.py served_methods.py)
 
 .PHONY: demo test lint check fuzz format train-demo bench bench-peers triton-check gpu-check gpu-bench clean
 

@@ -290,3 +290,16 @@ def test_graphs_of_the_base_are_never_forgotten(decoder, graphs, recorder, monke
         batch = swarm.decode([adapter])
         assert_close(replayed(graphs, batch), swarm.run(batch), torch.float32)
         assert recorder.count == count
+
+
+def test_tokens_that_are_on_the_device_take_the_place_of_the_batchs(decoder, graphs):
+    swarm = Swarm(decoder, 3)
+    batch = swarm.decode(["a1", "a2", None])
+    expected_ZV = swarm.run(batch)
+    unknown = dataclasses.replace(batch, token_ids=torch.zeros_like(batch.token_ids))
+    assert not torch.allclose(replayed(graphs, unknown), expected_ZV)
+    drawn_ids = batch.token_ids.to(DEVICE)
+    with torch.inference_mode():
+        found_ZV = graphs.try_run(unknown, drawn_ids=drawn_ids).clone().cpu()
+    assert_close(found_ZV, expected_ZV, torch.float32)
+    assert_close(replayed(graphs, batch), expected_ZV, torch.float32)
