@@ -19,6 +19,7 @@ from loraswarm.core.base_shape import FINAL_NORM
 from loraswarm.engine import graphs as engine_graphs
 from loraswarm.engine.graphs import CudaRecorder, DecodeGraphs
 from loraswarm.engine.model_runner import ModelRunner
+from loraswarm.engine.prepare import PreparedBatch
 from loraswarm.engine.transfer import to_device
 from loraswarm.kernels import triton
 from loraswarm.kernels.triton import words
@@ -200,13 +201,17 @@ def test_a_graph_is_never_replayed_over_other_weights_than_it_was_captured_with(
 
 def test_a_runner_replays_over_weights_at_rest_only(decoder, recorder, monkeypatch):
     seen = []
-    monkeypatch.setattr(DecodeGraphs, "try_run", lambda self, batch, version: seen.append(version))
+
+    def try_run(self, batch, version, drawn_ids):
+        seen.append(version)
+
+    monkeypatch.setattr(DecodeGraphs, "try_run", try_run)
     graphs = DecodeGraphs(decoder, recorder, MAX_PAGES, PAGE_TOKENS, MAX_ROWS)
     swarm = Swarm(decoder, 1)
     runner = ModelRunner(decoder, SimpleNamespace(pool=swarm.pages), None, graphs)
     linear, other = decoder.layers[0].linears()[:2]
     copy = Weight(linear.weight.rows.clone())
-    prepared = SimpleNamespace(batch=swarm.decode([None]))
+    prepared = PreparedBatch(swarm.decode([None]), ())
 
     def run():
         runner.run(prepared)
