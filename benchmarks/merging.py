@@ -126,6 +126,8 @@ def steps_of(
 ) -> Steps:
     """Decode steps while nothing is switched."""
     start_rows(engine, adapters, options.context, options.steps)
+    engine.abort_all()  # every adapter is in the pool now
+    start_rows(engine, adapters, options.context, options.steps)
     times = [full_step_s(engine, len(adapters)) for _ in range(options.steps)][1:]
     engine.abort_all()
     return summary(case, times)
