@@ -8,6 +8,7 @@ import threading
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from unittest import mock
 
 import httpx
 import openai
@@ -19,6 +20,18 @@ from loraswarm.server.serve import bind, serve, url_of
 T = TypeVar("T")
 TIMEOUT_S = 30.0
 REQUESTS_TIMEOUT_S = 600.0
+
+
+class HastyAsyncio:
+    """asyncio, where uvicorn's server looks up what it calls: its waits of a tenth of a second,
+    after which it sees that it is to end, take a twentieth of that."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    @staticmethod
+    async def sleep(delay_s: float) -> None:
+        await asyncio.sleep(delay_s / 20)
 
 
 @dataclass
@@ -88,17 +101,18 @@ def running_server(engine: FakeEngine, **options: Any) -> Iterator[RunningServer
 
     url = url_of(listener)
     thread = threading.Thread(target=main)
-    thread.start()
-    try:
-        assert ready.wait(TIMEOUT_S)
-        with httpx.Client(base_url=url, timeout=TIMEOUT_S) as http:
-            yield RunningServer(url, http, engine, started["loop"], exit_codes)
-    finally:
-        if not exit_codes:
-            with contextlib.suppress(RuntimeError):  # the loop may have ended by itself
-                started["loop"].call_soon_threadsafe(started["task"].cancel)
-        thread.join(TIMEOUT_S)
-        assert not thread.is_alive()
+    with mock.patch("uvicorn.server.asyncio", HastyAsyncio()):
+        thread.start()
+        try:
+            assert ready.wait(TIMEOUT_S)
+            with httpx.Client(base_url=url, timeout=TIMEOUT_S) as http:
+                yield RunningServer(url, http, engine, started["loop"], exit_codes)
+        finally:
+            if not exit_codes:
+                with contextlib.suppress(RuntimeError):  # the loop may have ended by itself
+                    started["loop"].call_soon_threadsafe(started["task"].cancel)
+            thread.join(TIMEOUT_S)
+            assert not thread.is_alive()
 
 
 @contextlib.contextmanager

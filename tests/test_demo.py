@@ -20,7 +20,7 @@ from tolerance import assert_close
 NUM_COMPARED = 50
 NUM_SCORED = 3
 MAX_TOKENS = 96
-NUM_AT_ONCE = 160
+NUM_AT_ONCE = 128
 MAX_DATA_BYTES = 25 << 20
 NAMES = adapter_names()
 
@@ -30,8 +30,8 @@ def message(prompt):
 
 
 async def answers(url, asks):
-    """Texts and token ids for (model, prompt, max_tokens), in their order; more are sent at once
-    than run in a step."""
+    """Texts and token ids for (model, prompt, max_tokens), in their order; as many are sent at
+    once as run in a step."""
     at_once = asyncio.Semaphore(NUM_AT_ONCE)
     async with async_openai_client(url) as client:
 

@@ -130,10 +130,14 @@ def test_served_in_a_mixed_batch_a_method_gives_the_logits_of_peft(swarms, engin
     check(swarms[base], name, served_logits(engines[base], requests_for(name)))
 
 
+@pytest.fixture(scope="module")
+def chunking_engine(swarms) -> Engine:
+    return make_engine(swarms["untied"].path, max_step_tokens=7, max_num_sequences=7)
+
+
 @pytest.mark.parametrize("name", METHOD_CASES)
-def test_chunked_prefill_changes_nothing(swarms, name):
-    engine = make_engine(swarms["untied"].path, max_step_tokens=7, max_num_sequences=7)
-    check(swarms["untied"], name, served_logits(engine, requests_for(name)))
+def test_chunked_prefill_changes_nothing(swarms, chunking_engine, name):
+    check(swarms["untied"], name, served_logits(chunking_engine, requests_for(name)))
 
 
 @pytest.mark.parametrize("base", ["untied", "tied-with-biases"])
