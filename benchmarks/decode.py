@@ -68,10 +68,10 @@ def full_step_s(engine: Engine, num_rows: int) -> float:
     return seconds
 
 
-def run_round(engine: Engine, adapters: list[str | None], context: int, steps: int) -> float:
-    """Seconds per decode step of one batch around the given context length."""
-    num_prompt = context - steps // 2
-    max_tokens = max_output_tokens(len(adapters), context, steps)
+def start_rows(
+    engine: Engine, adapters: list[str | None], num_prompt: int, max_tokens: int
+) -> None:
+    """Add as many requests of these lengths and step until all decode."""
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     for index, adapter in enumerate(adapters):
         prompt = tuple((index * 7919 + i * 31) % 4000 + 1 for i in range(num_prompt))
@@ -81,6 +81,12 @@ def run_round(engine: Engine, adapters: list[str | None], context: int, steps: i
     started: set[str] = set()
     while len(started) < len(adapters):
         started |= {event.request_id for event in engine.step()}
+
+
+def run_round(engine: Engine, adapters: list[str | None], context: int, steps: int) -> float:
+    """Seconds per decode step of one batch around the given context length."""
+    max_tokens = max_output_tokens(len(adapters), context, steps)
+    start_rows(engine, adapters, context - steps // 2, max_tokens)
     times = [full_step_s(engine, len(adapters)) for _ in range(steps)]
     engine.abort_all()
     return statistics.median(times[1:])

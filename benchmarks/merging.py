@@ -24,10 +24,9 @@ os.environ.update(ENGINE_ENVIRONMENT | os.environ)  # before torch is imported
 import numpy as np
 import torch
 
-from decode import engine_limits, full_step_s, max_output_tokens
+from decode import engine_limits, full_step_s, max_output_tokens, start_rows
 from document import json_path, write_document
 from loraswarm.config import EngineConfig
-from loraswarm.core.request import Request, SamplingParams
 from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.engine import Engine
 from loraswarm.engine.merging import Merger
@@ -107,27 +106,14 @@ def linear_rates(engine: Engine, key: AdapterKey) -> list[Merged]:
     return rows
 
 
-def start_rows(engine: Engine, adapters: list[str | None], context: int, steps: int) -> None:
-    """Add as many requests and step until all decode."""
-    max_tokens = max_output_tokens(len(adapters), context, steps)
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    for index, adapter in enumerate(adapters):
-        prompt = tuple((index * 7919 + i * 31) % 4000 + 1 for i in range(context))
-        engine.add(
-            Request(request_id=f"r{index}", prompt_token_ids=prompt, params=params, adapter=adapter)
-        )
-    started: set[str] = set()
-    while len(started) < len(adapters):
-        started |= {event.request_id for event in engine.step()}
-
-
 def steps_of(
     engine: Engine, case: str, adapters: list[str | None], options: argparse.Namespace
 ) -> Steps:
     """Decode steps while nothing is switched."""
-    start_rows(engine, adapters, options.context, options.steps)
+    max_tokens = max_output_tokens(len(adapters), options.context, options.steps)
+    start_rows(engine, adapters, options.context, max_tokens)
     engine.abort_all()  # every adapter is in the pool now
-    start_rows(engine, adapters, options.context, options.steps)
+    start_rows(engine, adapters, options.context, max_tokens)
     times = [full_step_s(engine, len(adapters)) for _ in range(options.steps)][1:]
     engine.abort_all()
     return summary(case, times)
@@ -140,7 +126,8 @@ def switching_steps(
     steps between that find the weights at rest."""
     merger = engine.merger
     assert merger is not None
-    start_rows(engine, adapters, options.context, 6 * options.steps)
+    max_tokens = max_output_tokens(len(adapters), options.context, 6 * options.steps)
+    start_rows(engine, adapters, options.context, max_tokens)
     switching, resting = [], []
     for turn in range(6 * options.steps):
         if merger.is_settled and turn % 8 == 0:

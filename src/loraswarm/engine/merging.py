@@ -86,6 +86,7 @@ class Merger:
         ]
         self._target: AdapterKey | None = None
         self._table: TileTable | None = None
+        self._changed: list[_Place] = []
         self._todo: list[_Place] | None = None
         self._making: tuple[_Place, MergedCopy] | None = None
         self._s_per_byte = FIRST_S_PER_BYTE
@@ -117,11 +118,10 @@ class Merger:
     def share_merged(self) -> float:
         """Of the bytes of the linears that the target changes, those in use with it; 0 without a
         target, or while its tiles are not known."""
-        if self._table is None:
+        if not self._changed:
             return 0.0
-        changed = [place for place in self._places if self._changes(place)]
-        merged = sum(place.num_bytes for place in changed if place.key == self._target)
-        return merged / sum(place.num_bytes for place in changed)
+        merged = sum(place.num_bytes for place in self._changed if place.key == self._target)
+        return merged / sum(place.num_bytes for place in self._changed)
 
     @property
     def bytes_left(self) -> int:
@@ -226,9 +226,10 @@ class Merger:
         """Which linears the target is merged into: those it changes, as far as the budget goes. The
         others give back their copies."""
         self._table = self._tiles.own_table(key)
+        self._changed = [place for place in self._places if self._changes(place)]
         planned, num_bytes = [], 0
-        for place in self._places:
-            if self._changes(place) and num_bytes + place.num_bytes <= self.budget_bytes:
+        for place in self._changed:
+            if num_bytes + place.num_bytes <= self.budget_bytes:
                 planned.append(place)
                 num_bytes += place.num_bytes
         self._restore(lambda place: place not in planned)
@@ -313,6 +314,7 @@ class Merger:
     def _drop_plan(self) -> None:
         """Forget what was being made, whose memory goes."""
         self._todo = self._table = self._making = None
+        self._changed = []
         self._runner.is_switching = False
 
     def _release_idle(self) -> None:
