@@ -13,7 +13,7 @@ from kernel_cases import use_all_threads
 from loraswarm.kernels import cpu, reference
 from loraswarm.kernels.cpu.dot import HAS_DOT
 from loraswarm.kernels.cpu.merge_panels import MAX_RANKS
-from loraswarm.kernels.reference_merging import MERGE_ROWS, update_norm
+from loraswarm.kernels.reference_merging import MERGE_ROWS, update_bound, update_norm
 from tile_factory import SiteWeights, TilePool
 
 FIRST_SITE, NUM_SITES = 1, 5
@@ -164,6 +164,16 @@ def test_the_norm_of_an_update_is_known_without_making_it():
     assert reference.linear_norm(built.weight) == pytest.approx(norm, rel=1e-4)
     if packed is not None:
         assert cpu.linear_norm(packed) == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_norm_of_an_update_is_not_above_its_bound(case):
+    built = Case(case, torch.bfloat16)
+    place = FIRST_SITE, built.out_bounds, case[0]
+    norm = update_norm(built.pool, built.tiles, *place)
+    bound = update_bound(built.pool, built.tiles, *place)
+    assert norm <= bound * (1 + 1e-5)
+    assert bound < norm * (case[2] + 1)
 
 
 @pytest.mark.parametrize("kernels", [reference, pytest.param(cpu, id="cpu")])

@@ -90,7 +90,7 @@ def test_a_thousand_switches_under_traffic_leave_no_trace(swarm, answers):
     engine.check()
 
 
-def test_copies_are_given_back_and_used_again(swarm):
+def test_copies_are_used_again(swarm):
     engine = merging_engine(swarm)
     merge(engine, "a000")
     full = engine.merger.bytes

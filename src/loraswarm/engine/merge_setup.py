@@ -16,7 +16,8 @@ from loraswarm.core.cost_model import CostFigures
 from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.engine import MERGE_SHARE, Engine
 from loraswarm.engine.merge_control import MergeFacts
-from loraswarm.engine.merging import linears_in_order
+from loraswarm.engine.merge_places import linears_in_order
+from loraswarm.engine.merging import Merger
 from loraswarm.engine.policies.merging import MergeCosts, MergePolicy, make_policy
 from loraswarm.engine.scheduler import StepLimits
 from loraswarm.errors import ConfigError, LoRASwarmError
@@ -81,16 +82,21 @@ def merge_at_start(engine: Engine, config: EngineConfig, report: Callable[[str],
     )
 
 
-def merge_policy(config: EngineConfig, figures: CostFigures | None) -> MergePolicy | None:
-    """The policy of `--merge auto`, of its own for one engine; None where none decides.
+def check_policy(config: EngineConfig) -> None:
+    """Raises ConfigError if there is no merge policy of that name."""
+    make_policy(config.merge_policy)
 
-    Raises    ConfigError if there is none of that name.
-    """
-    costs = MergeCosts(budget_share=MERGE_SHARE)
+
+def merge_policy(
+    config: EngineConfig, figures: CostFigures | None, merger: Merger | None
+) -> MergePolicy | None:
+    """The policy of `--merge auto`, of its own for one engine; None where none decides."""
+    if merger is None or config.merge != "auto" or config.merge_policy == "never":
+        return None
+    costs = MergeCosts(merge_s=merger.merge_s, budget_share=MERGE_SHARE)
     if figures is not None:
-        costs = replace(costs, step=figures.step, merge_s=figures.merge_s)
-    policy = make_policy(config.merge_policy, costs)
-    return policy if config.merge == "auto" and config.merge_policy != "never" else None
+        costs = replace(costs, step=figures.step, merge_s=figures.merge_s or costs.merge_s)
+    return make_policy(config.merge_policy, costs)
 
 
 def merge_facts(

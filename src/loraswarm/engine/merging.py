@@ -11,41 +11,29 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
 
 from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.merge_holds import MergeHolds
+from loraswarm.engine.merge_places import (
+    MIN_LEARNED_BYTES,
+    Place,
+    copy_s_per_byte,
+    places_of,
+    reserve,
+    wait_for,
+)
 from loraswarm.engine.model_runner import ModelRunner
 from loraswarm.kernels import TileTable
 from loraswarm.kernels.reference_merging import MERGE_ROWS
 from loraswarm.memory.page_buffer import PageBuffer
 from loraswarm.memory.tile_store import TileStore
-from loraswarm.models.decoder import Decoder
-from loraswarm.models.layers.linear import LoraLinear
 from loraswarm.models.layers.merging import MergedCopy
-from loraswarm.models.layers.weight import Weight
 
-FIRST_S_PER_BYTE = 1 / 2e9
-"""Of the base's bytes, until it has been measured."""
 LEARNING_SHARE = 0.25
-MIN_LEARNED_BYTES = 1 << 16
 MAX_UPDATE = 1.0
 """Of a weight's norm, what an update may have that is merged into it. Tokens without the adapter
 get the difference of two products; the larger what cancels, the more of its rounding stays."""
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Place:
-    """One linear: the copy it has memory for, and the adapter in it while that is in use."""
-
-    linear: LoraLinear
-    num_bytes: int
-    norm: float
-    copy: Weight | None = None
-    key: AdapterKey | None = None
 
 
 class Merger:
@@ -54,7 +42,7 @@ class Merger:
         target a     | base | base | base |     the copies are made in order, attention first
                      |  a   |  a   | base |     each is used as soon as it is whole
         target b     |  b   |  a   | base |     one that has another adapter is the base's again
-        target None  | base | base | base |     at once, and the memory is given back
+        target None  | base | base | base |     at once; the memory is kept for the next copies
 
     An adapter is pinned in its pages while it is in a weight or on its way there. Its gains (DoRA,
     IA3), biases and overlays are never merged: they act on its own rows, over merged weights too.
@@ -73,23 +61,24 @@ class Merger:
     ) -> None:
         """The copies take at most `budget_bytes`; linears beyond that stay unmerged.
 
-        Cost    the base's linears are read once, for their norms.
+        Their memory is taken here: the system may need far longer to find it than merging takes,
+        which no switch is to wait for.
+
+        Cost    the base's linears are read once, for their norms, and some are copied.
         """
         self._runner = runner
         self._tiles = tiles
         self._buffer = buffer
         self.holds = holds
         self.budget_bytes = budget_bytes
-        self._places = [
-            _Place(linear, linear.weight.nbytes, linear.weight_norm())
-            for linear in linears_in_order(runner.decoder)
-        ]
+        self._places = places_of(runner.decoder)
         self._target: AdapterKey | None = None
         self._table: TileTable | None = None
-        self._changed: list[_Place] = []
-        self._todo: list[_Place] | None = None
-        self._making: tuple[_Place, MergedCopy] | None = None
-        self._s_per_byte = FIRST_S_PER_BYTE
+        self._changed: list[Place] = []
+        self._todo: list[Place] | None = None
+        self._making: tuple[Place, MergedCopy] | None = None
+        reserve(self._places, budget_bytes)
+        self._s_per_byte = copy_s_per_byte(self._places, buffer.pool, tiles.no_tiles())
         self.num_switches = 0
 
     @property
@@ -104,9 +93,16 @@ class Merger:
 
     @property
     def bytes(self) -> int:
-        """What the copies take now."""
+        """Of the copies in use and of the one that is being made."""
         making = self._making[0] if self._making is not None else None
         places = (place for place in self._places if place.copy is not None or place is making)
+        return sum(place.num_bytes for place in places)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Memory that copies have, in use or kept for the next."""
+        making = self._making[0] if self._making is not None else None
+        places = (place for place in self._places if place.has_memory or place is making)
         return sum(place.num_bytes for place in places)
 
     @property
@@ -142,6 +138,12 @@ class Merger:
         """Seconds that merging a byte of weights takes, as it was learned."""
         return self._s_per_byte
 
+    @property
+    def merge_s(self) -> float:
+        """Seconds that merging all that the budget allows takes, as far as is known."""
+        num_bytes = sum(place.num_bytes for place in self._places)
+        return self._s_per_byte * min(self.budget_bytes, num_bytes)
+
     def why_not(self, key: AdapterKey) -> str | None:
         """Why merging this adapter would save nothing, or cannot be; None if it would."""
         info = self.holds.info_of(key)
@@ -175,6 +177,7 @@ class Merger:
 
         What is served no more leaves the weights at once, whatever the budget.
         """
+        end_s = time.perf_counter() + budget_s
         self._leave_stale()
         key = self._target
         if key is None or self.is_settled:
@@ -183,7 +186,6 @@ class Merger:
             return
         if self._todo is None:
             self._make_plan(key)
-        end_s = time.perf_counter() + budget_s
         while self._todo and self._extend(key, end_s):
             pass
         self._runner.is_switching = bool(self._todo)
@@ -209,6 +211,8 @@ class Merger:
         self._target = None
         self._drop_plan()
         self._restore(lambda place: True)
+        for place in self._places:
+            place.spare = None
 
     def _leave_stale(self) -> None:
         """Restore what has an adapter in it that is served no more, and let that go."""
@@ -223,8 +227,10 @@ class Merger:
         self._release_idle()
 
     def _make_plan(self, key: AdapterKey) -> None:
-        """Which linears the target is merged into: those it changes, as far as the budget goes. The
-        others give back their copies."""
+        """Which linears the target is merged into: those it changes, as far as the budget goes.
+
+        Memory that others keep is given back if it is needed for these.
+        """
         self._table = self._tiles.own_table(key)
         self._changed = [place for place in self._places if self._changes(place)]
         planned, num_bytes = [], 0
@@ -233,9 +239,13 @@ class Merger:
                 planned.append(place)
                 num_bytes += place.num_bytes
         self._restore(lambda place: place not in planned)
+        kept = [place for place in self._places if place.has_memory or place in planned]
+        if sum(place.num_bytes for place in kept) > self.budget_bytes:
+            for place in self._places:
+                place.spare = place.spare if place in planned else None
         self._todo = [place for place in planned if place.key != key]
 
-    def _changes(self, place: _Place) -> bool:
+    def _changes(self, place: Place) -> bool:
         linear = place.linear
         table = self._table
         return table is not None and table.part_tiles(linear.first_site, linear.num_parts) > 0
@@ -257,8 +267,7 @@ class Merger:
         if math.isfinite(end_s):
             num_rows = int((end_s - begin_s) / (self._s_per_byte * copy.row_bytes))
         num_bytes = copy.extend(num_rows, self._buffer.pool, self._table)
-        if self._buffer.pool.is_cuda:
-            torch.cuda.synchronize(self._buffer.pool.device)
+        wait_for(self._buffer.pool)
         now_s = time.perf_counter()
         if num_bytes >= MIN_LEARNED_BYTES:
             learned = (now_s - begin_s) / num_bytes
@@ -268,11 +277,14 @@ class Merger:
         least_s = MERGE_ROWS * copy.row_bytes * self._s_per_byte
         return now_s + least_s <= end_s
 
-    def _is_too_large(self, place: _Place, key: AdapterKey) -> bool:
+    def _is_too_large(self, place: Place, key: AdapterKey) -> bool:
         """Whether the linear stays unmerged, since the update is larger than the weight."""
         assert self._table is not None
-        norm = place.linear.update_norm(self._buffer.pool, self._table)
-        if norm <= MAX_UPDATE * place.norm:
+        pool, limit = self._buffer.pool, MAX_UPDATE * place.norm
+        if place.linear.update_bound(pool, self._table) <= limit:
+            return False
+        norm = place.linear.update_norm(pool, self._table)
+        if norm <= limit:
             return False
         path = ", ".join(path for path, _ in place.linear.parts())
         log.info(
@@ -281,13 +293,13 @@ class Merger:
         )
         return True
 
-    def _begin(self, place: _Place) -> MergedCopy:
+    def _begin(self, place: Place) -> MergedCopy:
         """A copy in place of what is merged there, which is in use no more."""
-        spare, place.copy = place.copy, None
         self._use_base(place)
+        spare, place.spare = place.spare, None
         return place.linear.start_merging(spare)
 
-    def _end(self, place: _Place, copy: MergedCopy, key: AdapterKey) -> None:
+    def _end(self, place: Place, copy: MergedCopy, key: AdapterKey) -> None:
         """Use a copy that is whole."""
         assert self._todo
         self._todo.remove(place)
@@ -295,24 +307,27 @@ class Merger:
         if not copy.is_finite:
             path = ", ".join(path for path, _ in place.linear.parts())
             log.warning("not merged adapter=%s: float16 cannot hold it in %s", key[0], path)
+            place.keep(copy.weight)
             return
         place.copy, place.key = copy.weight, key
         self._runner.use(place.linear, copy.weight, key)
 
-    def _use_base(self, place: _Place) -> None:
-        if place.key is not None:
-            place.key = None
+    def _use_base(self, place: Place) -> None:
+        if place.copy is not None:
             self._runner.use(place.linear, None, None)
+            place.keep(place.copy)
+            place.copy = place.key = None
 
-    def _restore(self, is_chosen: Callable[[_Place], bool]) -> None:
-        """Use the base's weights in these places and give back the copies' memory."""
+    def _restore(self, is_chosen: Callable[[Place], bool]) -> None:
+        """Use the base's weights in these places."""
         for place in self._places:
             if is_chosen(place):
                 self._use_base(place)
-                place.copy = None
 
     def _drop_plan(self) -> None:
-        """Forget what was being made, whose memory goes."""
+        """Forget what was being made."""
+        if self._making is not None:
+            self._making[0].keep(self._making[1].weight)
         self._todo = self._table = self._making = None
         self._changed = []
         self._runner.is_switching = False
@@ -323,14 +338,6 @@ class Merger:
         for key in self.holds.keys:
             if key not in used:
                 self.holds.release(key)
-
-
-def linears_in_order(decoder: Decoder) -> list[LoraLinear]:
-    """The linears in the order in which they are merged: those of attention first, since they make
-    half of the low-rank operations of a step for a fifth of the bytes."""
-    layers = [layer.linears() for layer in decoder.layers]
-    qkv_and_o = [linear for linears in layers for linear in linears[:2]]
-    return qkv_and_o + [linear for linears in layers for linear in linears[2:]]
 
 
 def _name(key: AdapterKey | None) -> str:

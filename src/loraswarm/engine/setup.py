@@ -30,7 +30,13 @@ from loraswarm.engine.loader_jobs import JobFailed, ScanDone, ScanJob
 from loraswarm.engine.loader_process import ProcessLoader
 from loraswarm.engine.loader_worker import LoadWorker, WorkerSpec
 from loraswarm.engine.merge_holds import MergeHolds
-from loraswarm.engine.merge_setup import merge_at_start, merge_facts, merge_policy, resolve_merge
+from loraswarm.engine.merge_setup import (
+    check_policy,
+    merge_at_start,
+    merge_facts,
+    merge_policy,
+    resolve_merge,
+)
 from loraswarm.engine.merging import Merger
 from loraswarm.engine.model_runner import ModelRunner
 from loraswarm.engine.policies import FirstComeFirstServed
@@ -114,7 +120,7 @@ class Model(NamedTuple):
 
 def _build(config: EngineConfig, loader: Loader, model: Model, report: Report) -> Engine:
     path, model_config, _, figures = model
-    policy = merge_policy(config, figures)
+    check_policy(config)
     dtype = getattr(torch, config.dtype)
     loader.submit(ScanJob(FIRST_SCAN))
     report(f"loading model={config.model_name} path={path} dtype={config.dtype}")
@@ -141,7 +147,8 @@ def _build(config: EngineConfig, loader: Loader, model: Model, report: Report) -
     except BaseException:
         engine.close()
         raise
-    if policy is not None and engine.merger is not None:
+    policy = merge_policy(config, figures, engine.merger)
+    if policy is not None:
         engine.merge_by(policy, merge_facts(config, catalog, model_config.shape(), geometry))
     return engine
 

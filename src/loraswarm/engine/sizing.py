@@ -13,7 +13,7 @@ import torch
 from loraswarm.config import EngineConfig
 from loraswarm.engine.devices import default_pool_bytes, memory_report
 from loraswarm.engine.headroom import graph_bytes, step_bytes
-from loraswarm.engine.merging import linears_in_order
+from loraswarm.engine.merge_places import linears_in_order
 from loraswarm.errors import ConfigError
 from loraswarm.memory.geometry import PageGeometry
 from loraswarm.models.decoder import Decoder

@@ -24,7 +24,10 @@ MERGE_ROWS = 32
 
 
 def empty_linear(weight_OI: Tensor) -> Tensor:
-    """Uninitialised memory for what `merge_linear_` writes: a weight packed as this one."""
+    """Memory for what `merge_linear_` writes, without values: a weight packed as this one.
+
+    The system has given it, so that the first to write it does not wait.
+    """
     return torch.empty_like(weight_OI)
 
 
@@ -90,6 +93,27 @@ def update_norm(
                 a_RI, bt_RO = (torch.cat(matrices) for matrices in zip(*factors, strict=True))
                 total += float(((a_RI @ a_RI.T) * (bt_RO @ bt_RO.T)).sum())
     return math.sqrt(max(total, 0.0))
+
+
+def update_bound(
+    pool: Tensor, tiles: TileTable, first_site: int, out_bounds: tuple[int, ...], in_features: int
+) -> float:
+    """What `update_norm` is not above: the sum over ranks r of |A_r| |B_r|, by the triangle
+    inequality, over all parts.
+
+    Cost    O(R * (I + O)).
+    """
+    total = 0.0
+    with _one_thread():
+        for part, (low, high) in enumerate(pairwise(out_bounds)):
+            first, last = tiles.ranges[first_site + part, 0].tolist()
+            of_part = 0.0
+            for tile in range(first, last):
+                a_RI, bt_RO = _factors(pool, tiles, tile, in_features, high - low)
+                norms = torch.linalg.vector_norm(a_RI, dim=1)
+                of_part += float(norms @ torch.linalg.vector_norm(bt_RO, dim=1))
+            total += of_part**2
+    return math.sqrt(total)
 
 
 @contextmanager

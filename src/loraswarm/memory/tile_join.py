@@ -28,6 +28,12 @@ class TileColumns(NamedTuple):
     v_offset: np.ndarray
 
 
+NO_TILES = TileColumns(
+    **dict.fromkeys(TileColumns._fields, np.empty(0, dtype=np.int64))
+    | {"ranks": np.empty(0, dtype=np.int32), "scale": np.empty(0, dtype=np.float32)}
+)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterTiles:
     """What an adapter, or a sum of them, does to a segment of tokens.
@@ -150,4 +156,6 @@ def join(num_sites: int, segments: Sequence[AdapterTiles | None]) -> BatchTiles:
 
 
 def _concatenated(parts: Sequence[TileColumns]) -> TileColumns:
+    if not parts:
+        return NO_TILES
     return TileColumns(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))

@@ -147,6 +147,10 @@ class TileStore:
             return None
         return replace(_table(self._num_sites, [tiles]), segments=_bounds([1]))
 
+    def no_tiles(self) -> TileTable:
+        """The table of one adapter that changes nothing."""
+        return replace(_table(self._num_sites, [None]), segments=_bounds([1]))
+
     def table(self, segments: Sequence[Segment], merged: MergedSites = ()) -> TileTable | None:
         """The tile table of a batch whose token runs belong to these adapters, in order, over
         weights in which `merged` is.

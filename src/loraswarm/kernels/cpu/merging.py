@@ -27,6 +27,7 @@ _last_plan = LastPlan()
 def empty_linear(weight: PackedWeight) -> PackedWeight:
     """See `kernels.reference.empty_linear`."""
     panels = empty_in_huge_pages((weight.panels.numel(),), weight.panels.dtype)
+    panels.zero_()
     return PackedWeight(panels, weight.out_features, weight.in_features)
 
 

@@ -83,6 +83,20 @@ class LoraLinear:
         place = self.first_site, self.out_bounds, self._in_features
         return reference_merging.update_norm(pool, tiles, *place)
 
+    def update_bound(self, pool: Tensor, tiles: TileTable) -> float:
+        """What `update_norm` is not above, in a small part of its time."""
+        place = self.first_site, self.out_bounds, self._in_features
+        return reference_merging.update_bound(pool, tiles, *place)
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether a merged copy's memory serves the next one; if not, each is packed anew."""
+        return self.weight.panels is not None or not self.weight.is_packed
+
+    def blank_copy(self) -> Weight:
+        """Memory for merged copies, without values; see `Weight.blank`."""
+        return self.weight.blank(self._kernels)
+
     def start_merging(self, spare: Weight | None = None) -> MergedCopy:
         """A copy of the weight to merge an adapter into, in `spare`'s memory if it is one that such
         a copy has left; nothing is in use yet."""
