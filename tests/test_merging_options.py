@@ -205,3 +205,7 @@ def test_merged_weights_are_reported(swarm):
     merged = sum(place.num_bytes for place in engine.merger._places[:3])
     assert engine.merger.bytes == merged
     assert engine.merger.share_merged == pytest.approx(merged / total)
+    state = engine.stats().merging
+    assert (state.target, state.share) == ("a000", engine.merger.share_merged)
+    assert (state.num_merged_linears, state.merged_bytes, state.total_switches) == (3, merged, 1)
+    assert make_engine(swarm).stats().merging is None

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as plain_fam
 
 import tiny_tokenizers
 from fake_engine import IDLE, FakeEngine, Script
-from loraswarm.core.client import AdapterSummary, EngineStats, TimeTotals
+from loraswarm.core.client import AdapterSummary, EngineStats, MergeState, TimeTotals
 from loraswarm.core.events import SequenceEvent
 from loraswarm.core.request import Request, SamplingParams
 from loraswarm.server.engine_metrics import pool_usage
@@ -50,6 +50,14 @@ BUSY = EngineStats(
     loads={"read": TimeTotals(count=12, seconds=1.5, num_bytes=4096)},
     running_adapters=("sql", "team/router", "sql"),
     waiting_adapters=("team/router",),
+    merging=MergeState(
+        target="sql",
+        share=0.25,
+        num_merged_linears=3,
+        merged_bytes=300,
+        reserved_bytes=1200,
+        total_switches=8,
+    ),
 )
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -247,6 +255,22 @@ def test_the_engine_s_counts_are_those_of_its_stats() -> None:
     assert now("loraswarm_preemptions_total") == 4
     assert now("loraswarm_requests_waiting") == 3
     assert now("loraswarm_engine_up") == 1
+
+
+def test_what_is_merged_is_told_where_merging_is_on() -> None:
+    counts = dataclasses.replace(BUSY, merging=dataclasses.replace(BUSY.merging, target=None))
+    for engine_counts, shares in ((BUSY, [{"adapter": "sql"}]), (counts, []), (IDLE, [])):
+        with running_server(FakeEngine(TOKENIZER, counts=engine_counts)) as server:
+            now = Scrape(server)
+        assert now.labels_of("loraswarm_merged_share") == shares
+        is_on = engine_counts is not IDLE
+        assert bool(now.labels_of("loraswarm_merged_bytes")) == is_on
+        if is_on:
+            assert now("loraswarm_merged_share", adapter="sql") == (0.25 if shares else 0.0)
+            assert now("loraswarm_merged_linears") == 3
+            assert now("loraswarm_merged_bytes") == 300
+            assert now("loraswarm_merge_reserved_bytes") == 1200
+            assert now("loraswarm_merge_switches_total") == 8
 
 
 def test_adapters_show_tier_bytes_and_generation_once_they_were_asked_for() -> None:

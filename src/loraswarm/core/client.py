@@ -56,6 +56,22 @@ class TimeTotals:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MergeState:
+    """What is merged into the weights in use.
+
+    `target` is the adapter that is to be, `share` the part of the bytes it changes that have it.
+    `merged_bytes` are copies in use, `reserved_bytes` the memory that copies have.
+    """
+
+    target: str | None
+    share: float
+    num_merged_linears: int
+    merged_bytes: int
+    reserved_bytes: int
+    total_switches: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """Counts at one moment; used by health, tests and metrics.
 
@@ -64,7 +80,7 @@ class EngineStats:
     `total_host_hits` and `total_misses` count requests by where their adapter was when they came.
     `loads` is by stage: "fetch" (from a remote store), "read" (from files), "pack" (into an image),
     "map" (an image of the host cache's directory), "copy" (to the device). `total_unkept_images`
-    could not be written to the host cache's directory.
+    could not be written to the host cache's directory. `merging` is None where `--merge` is off.
     """
 
     num_waiting: int
@@ -92,6 +108,7 @@ class EngineStats:
     loads: Mapping[str, TimeTotals] = field(default_factory=dict)
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()
+    merging: MergeState | None = None
 
 
 class EngineClient(Protocol):

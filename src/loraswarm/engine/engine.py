@@ -297,6 +297,7 @@ class Engine:
             loads=dict(self._residency.loads),
             running_adapters=tuple(sorted(running)),
             waiting_adapters=tuple(sorted(self._states.waiting_names())),
+            merging=None if self.merger is None else self.merger.state,
         )
 
     def check(self) -> None:

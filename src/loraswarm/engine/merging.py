@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 
+from loraswarm.core.client import MergeState
 from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.merge_holds import MergeHolds
 from loraswarm.engine.merge_places import (
@@ -143,6 +144,18 @@ class Merger:
         """Seconds that merging all that the budget allows takes, as far as is known."""
         num_bytes = sum(place.num_bytes for place in self._places)
         return self._s_per_byte * min(self.budget_bytes, num_bytes)
+
+    @property
+    def state(self) -> MergeState:
+        """All of this at one moment."""
+        return MergeState(
+            target=None if self._target is None else self._target[0],
+            share=self.share_merged,
+            num_merged_linears=self.num_merged,
+            merged_bytes=self.bytes,
+            reserved_bytes=self.reserved_bytes,
+            total_switches=self.num_switches,
+        )
 
     def why_not(self, key: AdapterKey) -> str | None:
         """Why merging this adapter would save nothing, or cannot be; None if it would."""

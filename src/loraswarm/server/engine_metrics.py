@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from loraswarm.core.admin import AdapterState
-from loraswarm.core.client import EngineInfo, EngineStats
+from loraswarm.core.client import EngineInfo, EngineStats, MergeState
 from loraswarm.server.metrics import OTHER
 
 TIERS = ("device", "host", "store")
@@ -27,6 +27,8 @@ def engine_families(info: EngineInfo, stats: EngineStats) -> Iterator[Metric]:
     yield from _memory(info, stats)
     yield from _traffic(stats)
     yield from _loads(stats)
+    if stats.merging is not None:
+        yield from _merging(stats.merging)
 
 
 def adapter_families(states: Sequence[AdapterState], own: Collection[str]) -> Iterator[Metric]:
@@ -168,6 +170,18 @@ def _loads(stats: EngineStats) -> Iterator[Metric]:
         stats.total_unkept_images,
     )
     yield _gauge("adapters_loading", "Adapters on their way.", stats.num_loading)
+
+
+def _merging(state: MergeState) -> Iterator[Metric]:
+    text = "Part of the weights' bytes that have the adapter merged into them."
+    shares = {} if state.target is None else {state.target: state.share}
+    yield _by(GaugeMetricFamily, "merged_share", text, "adapter", shares)
+    text = "Linears with an adapter merged into the weight in use."
+    yield _gauge("merged_linears", text, state.num_merged_linears)
+    yield _gauge("merged_bytes", "Merged weights in use.", state.merged_bytes)
+    text = "Memory that merged weights have, in use or kept for the next."
+    yield _gauge("merge_reserved_bytes", text, state.reserved_bytes)
+    yield _counter("merge_switches", "Changes of what is to be merged.", state.total_switches)
 
 
 Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
