@@ -35,6 +35,7 @@ from random_swarm import write_swarm
 
 TARGETS = ("qkv", "o", "gate_up", "down")
 REPEATS = 5
+RESTING_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -120,23 +121,30 @@ def steps_of(
 
 
 def switching_steps(
-    engine: Engine, keys: list[AdapterKey], adapters: list[str | None], options: argparse.Namespace
-) -> tuple[Steps, Steps]:
-    """Steps beside which the engine merges one adapter after the other under its own budget, and
-    steps between that find the weights at rest."""
+    engine: Engine, key: AdapterKey, adapters: list[str | None], options: argparse.Namespace
+) -> list[Steps]:
+    """Steps of one adapter's rows beside which the engine merges it under its own budget, and those
+    between, merged and unmerged: each time it is merged it is restored after some steps."""
     merger = engine.merger
     assert merger is not None
     max_tokens = max_output_tokens(len(adapters), options.context, 6 * options.steps)
     start_rows(engine, adapters, options.context, max_tokens)
-    switching, resting = [], []
-    for turn in range(6 * options.steps):
-        if merger.is_settled and turn % 8 == 0:
-            merger.set_target(keys[merger.num_switches % len(keys)])
+    times: dict[str, list[float]] = {
+        "between, unmerged": [],
+        "switching": [],
+        "between, merged": [],
+    }
+    for _ in range(6 * options.steps):
+        if len(times["between, unmerged"]) > len(times["between, merged"]) + RESTING_STEPS:
+            merger.set_target(key)
+        elif len(times["between, merged"]) > len(times["between, unmerged"]) + RESTING_STEPS:
+            merger.set_target(None)
         is_switching = not merger.is_settled
         seconds = full_step_s(engine, len(adapters))
-        (switching if is_switching else resting).append(seconds)
+        case = "merged" if merger.num_merged else "unmerged"
+        times["switching" if is_switching else f"between, {case}"].append(seconds)
     engine.abort_all()
-    return summary("while switching", switching), summary("at rest between", resting)
+    return [summary(case, found) for case, found in times.items()]
 
 
 def summary(case: str, times: list[float]) -> Steps:
@@ -165,7 +173,7 @@ def measure(engine: Engine, options: argparse.Namespace) -> tuple[list[Merged], 
     steps += [steps_of(engine, "90/10, merged", mixed, options)]
     rates = linear_rates(engine, keys[0])
     merge_wholly(engine, merger, None)
-    steps += switching_steps(engine, keys, hot, options)
+    steps += switching_steps(engine, keys[0], hot, options)
     return rates, steps
 
 
