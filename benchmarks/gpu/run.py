@@ -112,9 +112,10 @@ class Report:
 
     def _take(self, part: str, row: Row) -> None:
         if not self.found[part]:
-            print(" ".join(f"{name:>14}" for name in row))
+            print(" ".join(f"{name:>9}" for name in row))
         self.found[part].append({name: _finite(value) for name, value in row.items()})
-        print(" ".join(f"{_shown(value):>14}" for value in row.values()), flush=True)
+        shown = (f"{_shown(value):>{max(9, len(name))}}" for name, value in row.items())
+        print(" ".join(shown), flush=True)
         self._write()
 
     def _write(self) -> None:
