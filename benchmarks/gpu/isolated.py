@@ -48,7 +48,7 @@ def run_isolated(
         process.kill()
         process.join()
         receiver.close()
-    return f"it was not done after {limit_s:.0f} s"
+    return f"it was not done after {limit_s:g} s"
 
 
 def _send(sender: Connection, work: Work, arguments: tuple[Any, ...]) -> None:
