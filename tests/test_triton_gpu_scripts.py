@@ -87,6 +87,14 @@ def test_files_of_tests_are_run_each_for_itself(tmp_path, capsys):
     assert check.run_files(files, tmp_path, processes=2, limit_s=0.0) == []
 
 
+def test_every_file_for_a_device_is_run_once():
+    files = [Path(file).resolve() for file in check.all_files()]
+    assert all(file.is_file() for file in files)
+    assert len(set(files)) == len(files)
+    tests = Path(__file__).parent
+    assert {*tests.glob("test_triton_*.py"), tests / "test_engine.py"} <= set(files)
+
+
 def test_what_a_machine_lacks_is_said_in_a_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert check.fault_here() == f"torch {torch.__version__} finds no CUDA device"

@@ -1,6 +1,6 @@
 """Tests on a CUDA device: each file in a process of its own, several at a time.
 
-    python benchmarks/gpu/check.py [--processes N] [--limit-s S] [--logs FOLDER] FILE ...
+    PYTHONPATH=src python benchmarks/gpu/check.py [--processes N] [--logs FOLDER] [FILE ...]
 
 A kernel that fails leaves nothing to the tests after it in its process, so other files have others;
 what each compiles, it compiles beside the others. Needs torch with CUDA, Triton and pytest, no
@@ -23,6 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PYTEST = ("-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider", "-rfE", "--tb=short")
+TESTS = Path(__file__).resolve().parent.parent.parent / "tests"
+SLOW = ("served_methods", "prefix_serving", "engine", "look_ahead_engine", "triton_attention")
+QUICK = ("decode_graphs", "transfer", "look_ahead")
+"""Of other tests than those of Triton's kernels, these run on a device too."""
 NEEDED = ("torch", "triton", "pytest")
 POLL_S = 0.1
 SHOWN_LINES = 25
@@ -62,16 +66,17 @@ def main() -> None:
     os.environ["LORASWARM_TEST_DEVICE"] = "cuda"
     folder = Path(options.logs or tempfile.mkdtemp(prefix="gpu-check-"))
     folder.mkdir(parents=True, exist_ok=True)
-    runs = run_files(options.files, folder, options.processes, options.limit_s)
+    files = options.files or all_files()
+    runs = run_files(files, folder, options.processes, options.limit_s)
     failed = [run for run in runs if run.code != 0]
     for run in failed:
         print(f"\n--- {run.file}, the end of {run.log}")
         print("\n".join(run.lines()[-SHOWN_LINES:]))
     num_passed = len(runs) - len(failed)
-    print(f"\n{num_passed} of {len(options.files)} files passed; all they said is in {folder}")
+    print(f"\n{num_passed} of {len(files)} files passed; all they said is in {folder}")
     for run in runs:
         print(run.line())
-    not_begun = set(options.files) - {run.file for run in runs}
+    not_begun = set(files) - {run.file for run in runs}
     for file in sorted(not_begun):
         print(f"   NOT BEGUN  {file}")
     if failed or not_begun:
@@ -80,11 +85,19 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="else all for a device")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--limit-s", type=float, default=460.0, help="seconds for all files")
     parser.add_argument("--logs", help="folder for what the tests say; else a new one")
     return parser.parse_args()
+
+
+def all_files() -> list[str]:
+    """What there is for a device; what takes longest comes first."""
+    slow = [TESTS / f"test_{name}.py" for name in SLOW]
+    quick = [TESTS / f"test_{name}.py" for name in QUICK]
+    kernels = [path for path in sorted(TESTS.glob("test_triton_*.py")) if path not in slow]
+    return [os.path.relpath(path) for path in (*slow, *kernels, *quick)]
 
 
 def fault_here() -> str | None:
