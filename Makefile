@@ -5,8 +5,6 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PEERS_JSON ?= benchmarks/results/peers.json
 GPU_PYTHON ?= python3
 GPU_JSON ?= benchmarks/results/gpu.json
-GPU_TESTS ?= $(wildcard tests/test_triton_*.py) $(addprefix tests/test_,decode_graphs.py transfer.py engine.py \
-	look_ahead.py look_ahead_engine.py prefix_serving.py served_methods.py)
 
 .PHONY: demo test lint check fuzz format train-demo bench bench-peers triton-check gpu-check gpu-bench clean
 
@@ -46,10 +44,10 @@ triton-check: .venv/.dev     ## every test of the kernels for CUDA, in Triton's 
 
 # Where CUDA is, these run with what its Python has: no venv, nothing fetched.
 gpu-check:                   ## tests of kernels, models and engine on a CUDA device
-	LORASWARM_TEST_DEVICE=cuda PYTHONPATH=src $(GPU_PYTHON) -m pytest -q -W default -p no:cacheprovider $(GPU_TESTS)
+	@PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu/check.py $(GPU_CHECK_OPTIONS)
 
 gpu-bench:                   ## measure a CUDA device: ceilings, LoRA kernels, steps of an 8B model
-	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu/run.py --json $(GPU_JSON) $(GPU_OPTIONS)
+	@PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu/run.py --json $(GPU_JSON) $(GPU_OPTIONS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .coverage

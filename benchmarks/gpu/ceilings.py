@@ -24,6 +24,10 @@ class Ceilings:
     read_gb_per_s: float
     tflop_per_s: float
 
+    def bytes_us(self, num_bytes: int) -> float:
+        """Microseconds in which so many bytes can be moved."""
+        return num_bytes / max(self.copy_gb_per_s, self.read_gb_per_s) / 1e3
+
 
 def measure_ceilings(device: torch.device) -> Ceilings:
     """Best of what torch reaches with large operands."""

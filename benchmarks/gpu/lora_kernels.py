@@ -6,7 +6,7 @@ Legend: T tokens, I in features, O out features, R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,9 +23,11 @@ BATCHES = (1, 8, 32, 64, 128)
 ELEMENT_BYTES = 2
 
 
-def measure_kernels(ceilings: Ceilings, device: torch.device) -> list[dict[str, Any]]:
-    """A row for every rank, batch and popularity; microseconds, and shares of the read rate."""
-    rows = []
+def measure_kernels(ceilings: Ceilings, device: torch.device) -> Iterator[dict[str, Any]]:
+    """A row for every rank, batch and popularity: microseconds, and shares of what the bytes take.
+
+    The bytes are the adapters', and those of the rows that are read and written.
+    """
     for rank in RANKS:
         sites = Sites([(SIZE, SIZE)])
         for adapter in range(max(BATCHES)):
@@ -33,13 +35,16 @@ def measure_kernels(ceilings: Ceilings, device: torch.device) -> list[dict[str, 
         pool = torch.randn(sites.end, device=device).to(torch.bfloat16)
         for batch in BATCHES:
             for popularity in POPULARITIES:
-                segments = segments_of(popularity, batch)
-                row = _measure(pool, sites, segments, rank)
-                num_bytes = row["bytes"] + 3 * batch * SIZE * ELEMENT_BYTES
-                bound_us = num_bytes / ceilings.read_gb_per_s / 1e3
-                about = {"rank": rank, "batch": batch, "popularity": popularity}
-                rows.append(about | row | {"share_of_bound": bound_us / row["both_us"]})
-    return rows
+                row = _measure(pool, sites, segments_of(popularity, batch), rank)
+                half_bytes, row_bytes = row["bytes"] // 2, batch * SIZE * ELEMENT_BYTES
+                shrink_us = ceilings.bytes_us(half_bytes + row_bytes)
+                expand_us = ceilings.bytes_us(half_bytes + 2 * row_bytes)
+                shares = {
+                    "shrink_share": shrink_us / row["shrink_us"],
+                    "expand_share": expand_us / row["expand_us"],
+                    "both_share": (shrink_us + expand_us) / row["both_us"],
+                }
+                yield {"rank": rank, "batch": batch, "popularity": popularity} | row | shares
 
 
 def _measure(
@@ -67,15 +72,27 @@ def _measure(
         torch.arange(len(segments)), torch.tensor([count for _, count in segments])
     ).to(pool.device)
     adapters = [adapter for adapter, _ in segments if adapter is not None]
+    looped = _looped(x_TI, y_TO, (a_NRI, b_NRO), segments)
     return {
         "num_adapters": len(adapters),
         "bytes": sum(sites.tile_bytes(adapter) for adapter in adapters),
+        "difference": _difference(y_TO, both, looped),
         "shrink_us": median_s(shrink) * 1e6,
         "expand_us": median_s(expand) * 1e6,
         "both_us": median_s(both) * 1e6,
         "gather_us": median_s(_gathered(x_TI, y_TO, (a_NRI, b_NRO), owner_T)) * 1e6,
-        "loop_us": median_s(_looped(x_TI, y_TO, (a_NRI, b_NRO), segments), num_runs=5) * 1e6,
+        "loop_us": median_s(looped, num_runs=5) * 1e6,
     }
+
+
+def _difference(y_TO: Tensor, ours: Callable[[], None], theirs: Callable[[], None]) -> float:
+    """The largest between what both make of y, over the largest element; y is as before."""
+    before_TO, results = y_TO.clone(), []
+    for update in (ours, theirs):
+        update()
+        results.append(y_TO.float())
+        y_TO.copy_(before_TO)
+    return float((results[0] - results[1]).abs().max() / results[1].abs().max())
 
 
 def _stacked(

@@ -5,6 +5,7 @@ Both have the same h; the shrink, which either needs, is left out. Used by run.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,9 +23,8 @@ RANKS = (16, 64)
 NUM_ADAPTERS = (1, 8)
 
 
-def measure_prefill_linears(ceilings: Ceilings, device: torch.device) -> list[dict[str, Any]]:
+def measure_prefill_linears(ceilings: Ceilings, device: torch.device) -> Iterator[dict[str, Any]]:
     """A row for every size, chunk, rank and number of adapters; microseconds."""
-    rows = []
     for in_size, out_size in SIZES:
         weight = triton.pack_linear(_numbers(device, out_size, in_size) * in_size**-0.5)
         for rank in RANKS:
@@ -48,8 +48,7 @@ def measure_prefill_linears(ceilings: Ceilings, device: torch.device) -> list[di
                     }
                     flops = 2 * num_tokens * in_size * out_size
                     bound_us = flops / ceilings.tflop_per_s / 1e6
-                    rows.append(about | _measure(x_TI, weight, updates, bound_us))
-    return rows
+                    yield about | _measure(x_TI, weight, updates, bound_us)
 
 
 def _measure(x_TI: Any, weight: Any, updates: Updates, bound_us: float) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
     python benchmarks/gpu/run.py [--parts kernels,linears,decode,prefill] [--json FILE]
 
-Needs about 60 GB of the device's memory, no files and no network. Prints tables; --json keeps every
-figure with the versions and the commit.
+Needs about 65 GB of the device's memory, no files and no network. Every part is a process of its
+own with a time limit; one that fails is named at the end, and the others run. Prints tables; --json
+keeps every figure with the versions and the commit, and is written anew after each row.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,31 +22,38 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from ceilings import Ceilings, measure_ceilings
-from lora_kernels import measure_kernels
-from prefill_linears import measure_prefill_linears
-from steps import Machine, measure_decode, measure_prefill
+from isolated import Row, run_isolated
 
 from document import json_path, write_document
-from loraswarm.models.config import DecoderConfig
 
 PARTS = ("kernels", "linears", "decode", "prefill")
-LLAMA_3_8B = DecoderConfig(
-    vocab_size=128_256,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_size=128,
-    max_position=8192,
-    rms_norm_eps=1e-5,
-    rope_theta=500_000.0,
-    windows=(None,) * 32,
-)
+LIMITS_S = {"ceilings": 40, "kernels": 150, "linears": 70, "decode": 150, "prefill": 60}
+"""Seconds, starts of processes and compilations included: less than 8 minutes together."""
+TITLES = {
+    "ceilings": "ceilings",
+    "kernels": "LoRA kernels, 4096 to 4096",
+    "linears": "linears of a prefill chunk",
+    "decode": "decode of an 8B model",
+    "prefill": "prefill of an 8B model",
+}
 
 
 def main() -> None:
+    options = _options()
+    if not torch.cuda.is_available():
+        raise SystemExit(f"torch {torch.__version__} finds no CUDA device")
+    report = Report(options)
+    report.measure("ceilings", None)
+    if not report.found["ceilings"]:
+        raise SystemExit("nothing is a share of unknown ceilings; no other part was measured")
+    ceilings = report.found["ceilings"][0]
+    for part in options.parts.split(","):
+        report.measure(part, ceilings)
+    if report.faults:
+        raise SystemExit("not measured to the end: " + ", ".join(report.faults))
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--json", type=json_path)
@@ -51,47 +61,75 @@ def main() -> None:
     unknown = set(options.parts.split(",")) - set(PARTS)
     if unknown:
         parser.error(f"--parts has {sorted(unknown)}; it may have {', '.join(PARTS)}")
-    if not torch.cuda.is_available():
-        raise SystemExit(f"torch {torch.__version__} finds no CUDA device")
+    return options
+
+
+def rows_of(part: str, ceilings: Row | None) -> Iterator[Row]:
+    """What a part's process does; `ceilings` is the row of the part of that name."""
+    from ceilings import Ceilings, measure_ceilings
+
     device = torch.device("cuda", torch.cuda.current_device())
-    ceilings = measure_ceilings(device)
-    found: dict[str, Any] = {"ceilings": asdict(ceilings)}
-    print(
-        f"{ceilings.device}: copies {ceilings.copy_gb_per_s:.0f} GB/s, reads"
-        f" {ceilings.read_gb_per_s:.0f} GB/s, {ceilings.tflop_per_s:.0f} TFLOP/s in bfloat16"
-    )
-    try:
-        _measure(options.parts.split(","), ceilings, device, found)
-    finally:
-        if options.json:
-            write_document(options.json, options, found)
+    if part == "ceilings":
+        yield asdict(measure_ceilings(device))
+        return
+    assert ceilings is not None
+    known = Ceilings(**ceilings)
+    if part == "kernels":
+        from lora_kernels import measure_kernels
+
+        yield from measure_kernels(known, device)
+    elif part == "linears":
+        from prefill_linears import measure_prefill_linears
+
+        yield from measure_prefill_linears(known, device)
+    else:
+        from steps import LLAMA_3_8B, Machine, measure_decode, measure_prefill
+
+        measure = measure_decode if part == "decode" else measure_prefill
+        yield from measure(Machine(device, LLAMA_3_8B), known)
 
 
-def _measure(
-    parts: Sequence[str], ceilings: Ceilings, device: torch.device, found: dict[str, Any]
-) -> None:
-    """Fill `found` part by part, so that what ends early has shown what it measured."""
-    begin_s = time.monotonic()
-    if "kernels" in parts:
-        found["kernels"] = measure_kernels(ceilings, device)
-        _show("LoRA kernels, 4096 to 4096", found["kernels"], begin_s)
-    if "linears" in parts:
-        found["linears"] = measure_prefill_linears(ceilings, device)
-        _show("linears of a prefill chunk", found["linears"], begin_s)
-    if "decode" in parts or "prefill" in parts:
-        machine = Machine(device, LLAMA_3_8B)
-        for part, measure in (("decode", measure_decode), ("prefill", measure_prefill)):
-            if part in parts:
-                found[part] = measure(machine, ceilings)
-                _show(f"{part} of an 8B model", found[part], begin_s)
+class Report:
+    """The rows of all parts so far: printed, and in the JSON file."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._begin_s = time.monotonic()
+        self.found: dict[str, list[Row]] = {}
+        self.faults: dict[str, str] = {}
+
+    def measure(self, part: str, ceilings: Row | None) -> None:
+        """Run a part and take its rows; a fault is kept and said."""
+        self.found[part] = []
+        print(f"\n{TITLES[part]} (after {time.monotonic() - self._begin_s:.0f} s)", flush=True)
+        fault = run_isolated(
+            rows_of, (part, ceilings), LIMITS_S[part], lambda row: self._take(part, row)
+        )
+        if fault is not None:
+            self.faults[part] = fault
+            print(f"{part}: {fault}", flush=True)
+            self._write()
+
+    def _take(self, part: str, row: Row) -> None:
+        if not self.found[part]:
+            print(" ".join(f"{name:>9}" for name in row))
+        self.found[part].append({name: _finite(value) for name, value in row.items()})
+        shown = (f"{_shown(value):>{max(9, len(name))}}" for name, value in row.items())
+        print(" ".join(shown), flush=True)
+        self._write()
+
+    def _write(self) -> None:
+        """The whole file or, if this is interrupted, the one before."""
+        path = self._options.json
+        if path is not None:
+            part = path.with_name(path.name + ".part")
+            write_document(part, self._options, {**self.found, "faults": self.faults})
+            os.replace(part, path)
 
 
-def _show(title: str, rows: Sequence[dict[str, Any]], begin_s: float) -> None:
-    print(f"\n{title} (after {time.monotonic() - begin_s:.0f} s)")
-    names = list(rows[0])
-    print(" ".join(f"{name:>14}" for name in names))
-    for row in rows:
-        print(" ".join(f"{_shown(row[name]):>14}" for name in names), flush=True)
+def _finite(value: Any) -> Any:
+    """None in the place of what JSON has no number for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shown(value: Any) -> str:

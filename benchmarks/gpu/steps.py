@@ -6,7 +6,7 @@ Legend: T tokens, S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from ceilings import Ceilings
 from swarm import Sites
 from timing import step_s
+from torch import Tensor
 
 from loraswarm.engine.graphs import CudaRecorder, DecodeGraphs
 from loraswarm.engine.transfer import to_device
@@ -32,6 +33,19 @@ PREFILL_TOKENS = 2048
 RANK = 16
 MIXED_RANKS = (8, 16, 32, 64)
 DTYPE = torch.bfloat16
+LLAMA_3_8B = DecoderConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_size=128,
+    max_position=8192,
+    rms_norm_eps=1e-5,
+    rope_theta=500_000.0,
+    windows=(None,) * 32,
+)
 CASES: Mapping[str, int | None] = {
     "base": 0,
     "1 adapter": 1,
@@ -126,70 +140,90 @@ class Machine:
         )
 
 
-def measure_decode(machine: Machine, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """A row for every batch and case: milliseconds a step, over base, and over the bound."""
-    rows: list[dict[str, Any]] = []
+def measure_decode(machine: Machine, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """A row for every batch and case: milliseconds a step, over base, and over the bound.
+
+    `step_ms` is of steps that are launched before the last one's tokens have come, as an engine
+    does; `waited_ms` of steps that wait for them. `bound_over_base` is what the bytes of the
+    adapters add to the base's.
+    """
     weight_bytes = machine.decoder.num_bytes() - machine.decoder.embedding_VD.nbytes
     kv_bytes = 2 * machine.config.shape().kv_elements_per_token() * CONTEXT
     for batch in BATCHES:
-        base_ms = 0.0
+        base_ms, base_bytes = 0.0, weight_bytes + batch * kv_bytes
         for name, wanted in CASES.items():
             num_adapters = batch if wanted is None else wanted
             kind = "mixed" if "mixed" in name else "plain"
             if num_adapters > batch:
                 continue
-            host = machine.batch(
-                [1] * batch, CONTEXT, machine.table(kind, [1] * batch, num_adapters)
-            )
-            step_ms = step_s(lambda host=host: _replay(machine, host)) * 1e3
+            counts = [1] * batch
+            host = machine.batch(counts, CONTEXT, machine.table(kind, counts, num_adapters))
+            step_ms = step_s(_replayed(machine, host, looks_ahead=True)) * 1e3
+            waited_ms = step_s(_replayed(machine, host, looks_ahead=False)) * 1e3
             base_ms = step_ms if num_adapters == 0 else base_ms
             adapter_bytes = sum(machine.sites[kind].tile_bytes(i) for i in range(num_adapters))
-            num_bytes = weight_bytes + batch * kv_bytes + adapter_bytes
-            rows.append(
-                {
-                    "batch": batch,
-                    "case": name,
-                    "step_ms": step_ms,
-                    "tokens_per_s": batch / step_ms * 1e3,
-                    "over_base": step_ms / base_ms - 1,
-                    "bytes": num_bytes,
-                    "share_of_bound": num_bytes / ceilings.read_gb_per_s / 1e6 / step_ms,
-                }
-            )
-    return rows
-
-
-def measure_prefill(machine: Machine, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """One prompt of PREFILL_TOKENS: base and one adapter."""
-    rows: list[dict[str, Any]] = []
-    shape = machine.config.shape()
-    num_weights = sum(i * o for i, o in map(shape.site_sizes, range(shape.num_linears)))
-    bound_ms = 2 * num_weights * PREFILL_TOKENS / ceilings.tflop_per_s / 1e9
-    for name, num_adapters in (("base", 0), ("1 adapter", 1)):
-        counts = [PREFILL_TOKENS]
-        host = machine.batch(counts, PREFILL_TOKENS, machine.table("plain", counts, num_adapters))
-        host = replace(host, head_tiles=None)  # no adapter here has tiles there
-        step_ms = step_s(lambda host=host: _prefill(machine, host), num_runs=5) * 1e3
-        base_ms = step_ms if num_adapters == 0 else rows[0]["step_ms"]
-        rows.append(
-            {
+            num_bytes = base_bytes + adapter_bytes
+            yield {
+                "batch": batch,
                 "case": name,
                 "step_ms": step_ms,
-                "tokens_per_s": PREFILL_TOKENS / step_ms * 1e3,
+                "waited_ms": waited_ms,
+                "tokens_per_s": batch / step_ms * 1e3,
                 "over_base": step_ms / base_ms - 1,
-                "share_of_bound": bound_ms / step_ms,
+                "bound_over_base": adapter_bytes / base_bytes,
+                "bytes": num_bytes,
+                "share_of_bound": ceilings.bytes_us(num_bytes) / 1e3 / step_ms,
             }
-        )
-    return rows
 
 
-@torch.inference_mode()
-def _replay(machine: Machine, host: Batch) -> None:
-    logits_ZV = machine.graphs.try_run(host)
-    assert logits_ZV is not None, "a decode step was not captured"
-    logits_ZV.argmax(dim=-1).tolist()  # as an engine, which needs the tokens
+def measure_prefill(machine: Machine, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """One prompt of PREFILL_TOKENS: base, and one adapter of each of MIXED_RANKS."""
+    shape, sites = machine.config.shape(), machine.sites["mixed"]
+    sizes = [shape.site_sizes(site) for site in range(shape.num_linears)]
+    base_flops = 2 * sum(i * o for i, o in sizes) * PREFILL_TOKENS
+    base_ms = 0.0
+    for adapter in (None, *range(len(MIXED_RANKS))):
+        tiles = None if adapter is None else sites.table([(adapter, PREFILL_TOKENS)])
+        host = machine.batch([PREFILL_TOKENS], PREFILL_TOKENS, tiles)
+        host = replace(host, head_tiles=None)  # no adapter here has tiles there
+        step_ms = step_s(_prefilled(machine, host), num_runs=5) * 1e3
+        base_ms = step_ms if adapter is None else base_ms
+        # An element has two bytes, and two operations for each token.
+        added_flops = 0 if adapter is None else sites.tile_bytes(adapter) * PREFILL_TOKENS
+        bound_ms = (base_flops + added_flops) / ceilings.tflop_per_s / 1e9
+        yield {
+            "case": "base" if adapter is None else f"1 adapter, r {MIXED_RANKS[adapter]}",
+            "step_ms": step_ms,
+            "tokens_per_s": PREFILL_TOKENS / step_ms * 1e3,
+            "over_base": step_ms / base_ms - 1,
+            "bound_over_base": added_flops / base_flops,
+            "share_of_bound": bound_ms / step_ms,
+        }
 
 
-@torch.inference_mode()
-def _prefill(machine: Machine, host: Batch) -> None:
-    machine.decoder.forward(to_device(host, machine.device)).argmax(dim=-1)
+def _replayed(machine: Machine, host: Batch, looks_ahead: bool) -> Callable[[], None]:
+    """Decode steps, each with the tokens of the one before it; waits for them, or with
+    `looks_ahead` for those of the step before that."""
+    drawn_ids: Tensor | None = None
+    before: torch.cuda.Event | None = None
+
+    @torch.inference_mode()
+    def run() -> None:
+        nonlocal drawn_ids, before
+        logits_ZV = machine.graphs.try_run(host, drawn_ids=drawn_ids)
+        assert logits_ZV is not None, "a decode step was not captured"
+        drawn_ids = logits_ZV.argmax(dim=-1)
+        done = torch.cuda.Event()
+        done.record()
+        (before if looks_ahead and before is not None else done).synchronize()
+        before = done
+
+    return run
+
+
+def _prefilled(machine: Machine, host: Batch) -> Callable[[], None]:
+    @torch.inference_mode()
+    def run() -> None:
+        machine.decoder.forward(to_device(host, machine.device)).argmax(dim=-1)
+
+    return run

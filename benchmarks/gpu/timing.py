@@ -17,17 +17,19 @@ SLEEP_CYCLES = 10_000_000
 
 
 def median_s(run: Callable[[], object], num_runs: int = 20, num_warm: int = 3) -> float:
-    """Median of single runs, each between two events, behind a write that empties the cache.
+    """Median of single runs, each between two events, behind a read that fills the cache with
+    other bytes.
 
-    The device sleeps first, until all of a run is queued: launching is not in the time.
+    A read, since what a write leaves in the cache has to be written back during the run. The device
+    sleeps first, until all of a run is queued: launching is not in the time.
     """
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
     for _ in range(num_warm):
         run()
     pairs = []
     for _ in range(num_runs):
         torch.cuda._sleep(SLEEP_CYCLES)
-        flush.zero_()
+        flush.sum()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
