@@ -38,7 +38,10 @@ def swarm(tmp_path_factory):
 def addresses(engine) -> set[int]:
     """Of the copies in use and of the memory kept for others."""
     weights = [place.copy or place.spare for place in engine.merger._places]
-    return {weight.panels.panels.data_ptr() for weight in weights if weight is not None}
+    panels = [getattr(weight.panels, "panels", None) for weight in weights if weight is not None]
+    rows = [weight.rows for weight in weights if weight is not None]
+    pairs = zip(panels, rows, strict=True)
+    return {(row if panel is None else panel).data_ptr() for panel, row in pairs}
 
 
 def needs_kept_memory(engine) -> None:
