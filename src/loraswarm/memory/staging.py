@@ -71,4 +71,4 @@ class Staging:
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all copies to a device: torch has 32 and hands them out again after those, so that a
     new one for each engine would be some day's stream of a graph that is being captured."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
