@@ -24,7 +24,7 @@ from torch import Tensor
 
 from loraswarm.core.base_shape import TARGETS
 from loraswarm.engine.buckets import buckets_of
-from loraswarm.engine.devices import memory_report
+from loraswarm.engine.devices import free_bytes, memory_report
 from loraswarm.engine.headroom import padding_batch
 from loraswarm.engine.transfer import host_tensors, pack, views
 from loraswarm.errors import ConfigError
@@ -206,7 +206,7 @@ class DecodeGraphs:
         The largest comes first: smaller ones then find what memory they need.
         Raises    ConfigError if there is not enough.
         """
-        begin_s = time.monotonic()
+        begin_s, begin_bytes = time.monotonic(), free_bytes(self._device)
         like, graphs = padding_batch(buffer, 1, 1), self._of(*OF_THE_BASE)
         for bucket in reversed(self._buckets):
             if not self._try_capture(bucket, like, None, graphs):
@@ -216,7 +216,8 @@ class DecodeGraphs:
                     " pool_bytes or max_num_sequences"
                 )
         rows = ",".join(map(str, self._buckets))
-        report(f"captured base decode steps rows={rows} seconds={time.monotonic() - begin_s:.1f}")
+        seconds, num_bytes = time.monotonic() - begin_s, begin_bytes - free_bytes(self._device)
+        report(f"captured base decode steps rows={rows} seconds={seconds:.1f} bytes={num_bytes:,}")
 
     def _of(self, version: int, signature: Signature | None) -> _Graphs:
         """Those of a signature over weights in use; of those used last a few are kept, and the
