@@ -110,6 +110,36 @@ def test_a_matrix_that_two_loads_share_is_copied_with_the_first(copying):
         assert not has_shared(copying, place, other[place.matrix])
 
 
+def test_pages_are_written_after_all_that_was_launched_before_the_load(copying, monkeypatch):
+    """The event is the engine's thread's, taken when it submits; the copy waits for it first."""
+    gate, seen, this = threading.Event(), [], threading.current_thread()
+    buffer = copying.places.buffer
+    copy_pieces = buffer.copy_pieces
+
+    def moment():
+        assert threading.current_thread() is this
+        return len(seen)
+
+    def wait_for(begun):
+        assert gate.wait(timeout=60)
+        assert threading.current_thread() is not this
+        seen.append(("waited for", begun))
+
+    def copy(image, packing, starts):
+        seen.append("copied")
+        copy_pieces(image, packing, starts)
+
+    monkeypatch.setattr(buffer, "moment", moment)
+    monkeypatch.setattr(buffer, "wait_for", wait_for)
+    monkeypatch.setattr(buffer, "copy_pieces", copy)
+    loads = [copying.places.load(KINDS[name]) for name in ("lora", "wide")]
+    for load in loads:
+        copying.copier.submit(load, copying.places.image(load.info))
+    gate.set()
+    copying.take(2)
+    assert seen == [("waited for", 0), "copied"] * 2
+
+
 @pytest.mark.parametrize("failing", ["own", "shared"])
 def test_a_failed_copy_ends_its_own_load_only_and_shared_matrices_come_with_the_next(
     copying, monkeypatch, failing

@@ -38,6 +38,12 @@ def _cuda_fault() -> str | None:
         return f"torch {torch.__version__} finds no CUDA device"
     if importlib.util.find_spec("triton") is None:
         return "its kernels need the package triton, which is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 is set, which runs its kernels on the CPU"
+    try:
+        torch.cuda.current_device()
+    except RuntimeError as error:  # a driver that is too old, a device that another process has
+        return str(error).partition("\n")[0]
     return None
 
 
@@ -75,9 +81,15 @@ def default_pool_bytes(device: torch.device, utilization: float, step_bytes: int
     """Bytes for the page pool once the weights are loaded, a share of what is available less what
     a step takes."""
     if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return max(0, int(utilization * (free_bytes - step_bytes)))
-    return min(MAX_CPU_POOL_BYTES, int(utilization * psutil.virtual_memory().available))
+        return max(0, int(utilization * (free_bytes(device) - step_bytes)))
+    return min(MAX_CPU_POOL_BYTES, int(utilization * free_bytes(device)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of the device's memory that nobody has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def memory_report(device: torch.device) -> str:

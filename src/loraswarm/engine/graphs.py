@@ -9,11 +9,14 @@ Legend: B rows of a bucket, Z logit rows, V vocabulary.
 
 from __future__ import annotations
 
+import gc
+import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -21,8 +24,10 @@ from torch import Tensor
 
 from loraswarm.core.base_shape import TARGETS
 from loraswarm.engine.buckets import buckets_of
+from loraswarm.engine.devices import free_bytes, memory_report
 from loraswarm.engine.headroom import padding_batch
 from loraswarm.engine.transfer import host_tensors, pack, views
+from loraswarm.errors import ConfigError
 from loraswarm.kernels import AttentionWork, TileTable
 from loraswarm.kernels.triton.launch import ceil_power
 from loraswarm.kernels.triton.plan import PlanArena, plans
@@ -30,6 +35,7 @@ from loraswarm.memory.page_buffer import PageBuffer
 from loraswarm.models.batch import Batch
 from loraswarm.models.decoder import Decoder
 
+log = logging.getLogger(__name__)
 MAX_SIGNATURES = 8
 """Each keeps the graphs of its buckets, some megabytes each (headroom.GRAPH_BYTES)."""
 Replay = Callable[[], Tensor]
@@ -54,7 +60,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _capture_stream(device)
         zero = torch.zeros(1, device=device)
         # A pool whose last graph is gone cannot be captured into again, so one is kept.
         self._kept = self._captured(lambda: zero + 1)
@@ -75,11 +81,34 @@ class CudaRecorder:
             run()  # what is compiled, or allocated for good, is so now
             torch.cuda.synchronize()
             # By threads: adapters are copied by one of its own meanwhile.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            with (
+                _without_collections(),
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
             ):
                 result = run()
         return graph, result
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all engines: torch has 32 and hands them out again after those, so that a new one for
+    each would be some day's stream of copies, which must not be captured."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """No garbage is collected: graphs of another engine may be in it, and none may be destroyed
+    while one is captured."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass(slots=True)
@@ -95,6 +124,7 @@ class _Graphs:
     """The graphs of one signature, by bucket, and where they read a table."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.arena = PlanArena(device)
         self.captured: dict[int, _Captured] = {}
         self._bindings = ExitStack()
@@ -109,7 +139,9 @@ class _Graphs:
         self._bindings.enter_context(plans.bind(tiles, self.arena))
 
     def close(self) -> None:
-        """Forget all graphs."""
+        """Forget all graphs; one of them may be running."""
+        if self.captured and self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
         self.captured.clear()
         self._bindings.close()
 
@@ -133,13 +165,16 @@ class DecodeGraphs:
         self._logits_BV = torch.empty(
             max_rows, decoder.config.vocab_size, dtype=torch.float32, device=self._device
         )
+        # Likewise, of as many pages as the longest context has.
+        self._page_table = torch.zeros(max_rows, max_pages, dtype=torch.int32, device=self._device)
+        self._is_full = False
         self._graphs: OrderedDict[tuple[int, Signature | None], _Graphs] = OrderedDict()
 
     def try_run(
         self, batch: Batch, weights_version: int = 0, drawn_ids: Tensor | None = None
     ) -> Tensor | None:
-        """Logits [Z, V] of a batch that is still on the host; None if it is no decode step, or does
-        what a graph cannot.
+        """Logits [Z, V] of a batch that is still on the host; None if it is no decode step, does
+        what a graph cannot, or the device had no memory for a graph of its size.
 
         They lie where the next replay writes. A graph reads the weights that were in use when it
         was captured: `weights_version` is 0 for the base's, which stay, and another number for
@@ -150,12 +185,14 @@ class DecodeGraphs:
         if not _is_decode(batch) or num_rows > self._buckets[-1]:
             return None
         signature = None if batch.tiles is None else self._signature(batch.tiles)
+        if self._is_full and (weights_version, signature) not in self._graphs:
+            return None
         graphs = self._of(weights_version, signature)
         if batch.tiles is not None:
             graphs.load(batch.tiles)
         bucket = next(size for size in self._buckets if size >= num_rows)
-        if bucket not in graphs.captured:
-            graphs.captured[bucket] = self._capture(bucket, batch, signature, graphs)
+        if not self._try_capture(bucket, batch, signature, graphs):
+            return None
         self._fill(graphs.captured[bucket], batch)
         if drawn_ids is not None:
             graphs.captured[bucket].batch.token_ids[:num_rows].copy_(drawn_ids, non_blocking=True)
@@ -167,14 +204,20 @@ class DecodeGraphs:
         `report` gets one line.
 
         The largest comes first: smaller ones then find what memory they need.
+        Raises    ConfigError if there is not enough.
         """
-        begin_s = time.monotonic()
+        begin_s, begin_bytes = time.monotonic(), free_bytes(self._device)
         like, graphs = padding_batch(buffer, 1, 1), self._of(*OF_THE_BASE)
         for bucket in reversed(self._buckets):
-            if bucket not in graphs.captured:
-                graphs.captured[bucket] = self._capture(bucket, like, None, graphs)
+            if not self._try_capture(bucket, like, None, graphs):
+                raise ConfigError(
+                    f"the graph of decode steps of {bucket} rows does not fit beside weights and"
+                    f" page pool: {memory_report(self._device)}; lower memory_utilization,"
+                    " pool_bytes or max_num_sequences"
+                )
         rows = ",".join(map(str, self._buckets))
-        report(f"captured base decode steps rows={rows} seconds={time.monotonic() - begin_s:.1f}")
+        seconds, num_bytes = time.monotonic() - begin_s, begin_bytes - free_bytes(self._device)
+        report(f"captured base decode steps rows={rows} seconds={seconds:.1f} bytes={num_bytes:,}")
 
     def _of(self, version: int, signature: Signature | None) -> _Graphs:
         """Those of a signature over weights in use; of those used last a few are kept, and the
@@ -200,13 +243,35 @@ class DecodeGraphs:
             has_gains[sites] = [any(has_gains[sites])] * layers
         return tuple(ceil_power(count) if count else 0 for count in counts), tuple(has_gains)
 
+    def _try_capture(
+        self, bucket: int, like: Batch, signature: Signature | None, graphs: _Graphs
+    ) -> bool:
+        """Whether there is a graph, now at least. If the device has no memory for it none is
+        captured any more: what a failed capture leaves behind is torch's own."""
+        if bucket in graphs.captured:
+            return True
+        if self._is_full:
+            return False
+        try:
+            graphs.captured[bucket] = self._capture(bucket, like, signature, graphs)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._is_full = True
+            log.warning(
+                "no more decode steps are captured as graphs rows=%d reason=%r",
+                bucket,
+                f"out of memory: {memory_report(self._device)}",
+            )
+        return not self._is_full
+
     def _capture(
         self, bucket: int, like: Batch, signature: Signature | None, graphs: _Graphs
     ) -> _Captured:
-        table = torch.zeros(bucket, self._max_pages, dtype=torch.int32)
-        host = (*_padding(bucket), table)
+        host = _padding(bucket)
         packed = pack(host, is_pinned=False).to(self._device)
-        token_ids, positions, slots, logit_rows, starts, contexts, table = views(packed, host)
+        token_ids, positions, slots, logit_rows, starts, contexts = views(packed, host)
+        table = self._page_table[:bucket]
         tiles = None
         if signature is not None:
             assert like.tiles is not None
@@ -237,8 +302,8 @@ class DecodeGraphs:
             padding[: len(tensor)] = tensor
         is_cuda = captured.packed.is_cuda
         source = pack(padded, is_cuda)
-        captured.packed[: source.numel()].copy_(source, non_blocking=True)
-        wide = captured.batch.attention.page_table[:num_rows, : table.shape[1]]
+        captured.packed.copy_(source, non_blocking=True)
+        wide = self._page_table[:num_rows, : table.shape[1]]
         wide.copy_(table.pin_memory() if is_cuda else table, non_blocking=True)
 
 
@@ -253,6 +318,16 @@ def _padding(bucket: int) -> tuple[Tensor, ...]:
         torch.arange(bucket + 1, dtype=torch.int32),
         torch.zeros(bucket, dtype=torch.int32),
     )
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether the allocator found none: when a capture ends early torch raises what follows from
+    that, and a driver without memory says so in words."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            return True
+        error = error.__context__
+    return False
 
 
 def _is_decode(batch: Batch) -> bool:

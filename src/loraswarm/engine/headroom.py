@@ -52,9 +52,12 @@ def step_bytes(
     return peak_bytes + sampling_bytes + num_tokens * LORA_TOKEN_BYTES
 
 
-def graph_bytes(decoder: Decoder, backend: Backend, geometry: PageGeometry, num_rows: int) -> int:
-    """Bytes that captured decode steps of at most `num_rows` rows keep: the logits and the memory
-    that they share, and each one's own. 0 on the CPU, which captures none.
+def graph_bytes(
+    decoder: Decoder, backend: Backend, geometry: PageGeometry, num_rows: int, max_tokens: int
+) -> int:
+    """Bytes that captured decode steps of at most `num_rows` rows keep: the logits, the page table
+    of contexts of `max_tokens` tokens and the memory that they share, and each one's own. 0 on the
+    CPU, which captures none.
 
     Raises   torch.OutOfMemoryError if there are not so many.
     """
@@ -62,6 +65,7 @@ def graph_bytes(decoder: Decoder, backend: Backend, geometry: PageGeometry, num_
         return 0
     buffer = _one_page(decoder, backend, geometry)
     shared_bytes = POOL_SHARE * _peak_bytes(decoder, decode_padding(buffer, num_rows))
+    shared_bytes += num_rows * geometry.pages_for_tokens(max_tokens) * torch.int32.itemsize
     own_bytes = GRAPH_SETS * len(buckets_of(num_rows)) * GRAPH_BYTES
     return logits_bytes(decoder, num_rows) + shared_bytes + own_bytes
 
@@ -73,14 +77,16 @@ def logits_bytes(decoder: Decoder, num_rows: int) -> int:
 
 @torch.inference_mode()
 def _peak_bytes(decoder: Decoder, batch: Batch) -> int:
-    """What is allocated at most while a batch of padding runs on a CUDA device."""
+    """What torch takes from a CUDA device at most while a batch of padding runs: what lies between
+    its tensors too."""
     device = batch.pool.device
     torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    before_bytes = torch.cuda.memory_allocated(device)
+    before_bytes = torch.cuda.memory_reserved(device)
     decoder.forward(batch)
     torch.cuda.synchronize(device)
-    peak_bytes = torch.cuda.max_memory_allocated(device) - before_bytes
+    peak_bytes = torch.cuda.max_memory_reserved(device) - before_bytes
     torch.cuda.empty_cache()  # what is free now is free for the pool
     return peak_bytes
 

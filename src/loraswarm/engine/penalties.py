@@ -61,17 +61,20 @@ class _Places:
 
     def of(self, tokens: Seq[tuple[int, Seq[int]]]) -> tuple[Tensor, list[int]]:
         """Places [N] of these tokens of these rows, and how many each row has."""
-        counts = [len(ids) for _, ids in tokens]
-        place_N = np.concatenate(
-            [np.zeros(0, np.int64)]
-            + [row * self._vocab_size + np.array(ids, np.int64) for row, ids in tokens]
-        )
-        return torch.from_numpy(place_N).to(self.logits.device), counts
+        return self.to_device(self.on_host(tokens)), [len(ids) for _, ids in tokens]
+
+    def on_host(self, tokens: Seq[tuple[int, Seq[int]]]) -> np.ndarray:
+        """Places [N] of these tokens of these rows."""
+        places = [row * self._vocab_size + np.array(ids, np.int64) for row, ids in tokens]
+        return np.concatenate([np.zeros(0, np.int64), *places])
 
     def each(self, values: Seq[float], counts: Seq[int]) -> Tensor:
         """Each row's value as often as it has places: [N] float32."""
-        repeated = np.repeat(np.array(values, np.float32), counts)
-        return torch.from_numpy(repeated).to(self.logits.device)
+        return self.to_device(np.repeat(np.array(values, np.float32), counts))
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """A copy where the logits are; on the CPU the array itself."""
+        return torch.from_numpy(array).to(self.logits.device)
 
 
 def _penalize_repetition_(places: _Places, rows: list[tuple[int, Sequence]]) -> None:
@@ -85,25 +88,22 @@ def _penalize_repetition_(places: _Places, rows: list[tuple[int, Sequence]]) -> 
 
 def _penalize_output_(places: _Places, rows: list[tuple[int, Sequence]]) -> None:
     rows = [item for item in rows if _counts_output(item[1])]
-    place_N, counts = places.of([(row, sequence.output_token_ids) for row, sequence in rows])
+    tokens = [(row, sequence.output_token_ids) for row, sequence in rows]
+    counts = [len(ids) for _, ids in tokens]
     params = [sequence.request.params for _, sequence in rows]
-    frequency_N = places.each([own.frequency_penalty for own in params], counts)
-    presence_N = places.each([own.presence_penalty for own in params], counts)
-    place_N, index_N, count_N = _distinct(place_N)
-    penalty_N = frequency_N[index_N] * count_N + presence_N[index_N]
-    places.logits[place_N] -= penalty_N
+    frequency_N = np.repeat(np.array([own.frequency_penalty for own in params], np.float32), counts)
+    presence_N = np.repeat(np.array([own.presence_penalty for own in params], np.float32), counts)
+    # Counted before they go to the device: nothing is to be fetched from there.
+    place_N, index_N, count_N = np.unique(
+        places.on_host(tokens), return_index=True, return_counts=True
+    )
+    penalty_N = frequency_N[index_N] * count_N.astype(np.float32) + presence_N[index_N]
+    places.logits[places.to_device(place_N)] -= places.to_device(penalty_N)
 
 
 def _counts_output(sequence: Sequence) -> bool:
     params = sequence.request.params
     return params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-
-
-def _distinct(place_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct places, where each is first among the given ones, and how often it is there."""
-    found = np.unique(place_N.cpu().numpy(), return_index=True, return_counts=True)
-    first, second, third = (torch.from_numpy(array).to(place_N.device) for array in found)
-    return first, second, third
 
 
 def _add_bias_(places: _Places, rows: list[tuple[int, Sequence]]) -> None:

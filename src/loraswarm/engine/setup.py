@@ -167,8 +167,14 @@ def _load(model: Model, backend: Backend, report: Report) -> Decoder:
         return load_decoder(path, config, backend, report)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"{path} does not fit in {backend.dtype}: {before}; use a smaller model or --dtype"
+            f"{path} does not fit: in {backend.dtype} it takes {_weight_bytes(config, backend):,} "
+            f"bytes, and {before}; use a smaller model or --dtype"
         ) from error
+
+
+def _weight_bytes(config: DecoderConfig, backend: Backend) -> int:
+    """What the base's weights take, by a model whose tensors have no memory."""
+    return Decoder(dataclasses.replace(backend, device=torch.device("meta")), config).num_bytes()
 
 
 def _make_directory(path: str) -> None:
@@ -259,7 +265,8 @@ def _assemble(
         buffer = PageBuffer(info.num_pages, shape, geometry, backend.dtype, backend.device)
     except RuntimeError as error:
         raise ConfigError(
-            f"this machine cannot give {config.pool_bytes:,} bytes for the page pool (--pool-bytes)"
+            f"this machine cannot give {config.pool_bytes:,} bytes for the page pool "
+            f"(--pool-bytes): {memory_report(backend.device)}"
         ) from error
     host = HostCache(info.host_cache_bytes, EvictionOrder(config.eviction), costs)
     options = MemoryOptions(

@@ -6,12 +6,13 @@ Raises what cannot be as a ConfigError that names the option. Called by engine/s
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import psutil
 import torch
 
 from loraswarm.config import EngineConfig
-from loraswarm.engine.devices import default_pool_bytes, memory_report
+from loraswarm.engine.devices import default_pool_bytes, free_bytes, memory_report
 from loraswarm.engine.headroom import graph_bytes, step_bytes
 from loraswarm.engine.merge_places import linears_in_order
 from loraswarm.errors import ConfigError
@@ -60,34 +61,69 @@ def _share_bytes(
     remains beside it.
     """
     pool_bytes, device = config.pool_bytes, backend.device
-    is_merging = config.merge != "off"
-    if pool_bytes is not None and not is_merging:
+    taken = _taken_bytes(config, geometry, decoder, backend)
+    if pool_bytes is not None and device.type == "cuda":
+        _require_fit(pool_bytes, taken.step, config, device)
+    if pool_bytes is not None and config.merge == "off":
         return pool_bytes, None
-    free_bytes = _free_bytes(config, geometry, decoder, backend)
-    if not is_merging:
-        return free_bytes, None
+    left_bytes = default_pool_bytes(device, config.memory_utilization, sum(taken))
+    if pool_bytes is None and left_bytes < geometry.page_bytes:
+        raise ConfigError(
+            f"memory_utilization {config.memory_utilization} leaves {left_bytes:,} bytes to the "
+            f"page pool; one page of this model takes {geometry.page_bytes:,} "
+            f"({memory_report(device)}, weights taken; steps take {sum(taken):,})"
+        )
+    if config.merge == "off":
+        return left_bytes, None
     linear_bytes = sum(linear.weight.nbytes for linear in linears_in_order(decoder))
     wanted = min(linear_bytes, config.merge_bytes or linear_bytes)
     if pool_bytes is None and device.type == "cuda":
-        copy_bytes = min(wanted, int(MAX_MERGE_SHARE * free_bytes))
-        return free_bytes - copy_bytes, copy_bytes
-    pool_bytes = free_bytes if pool_bytes is None else pool_bytes
+        copy_bytes = min(wanted, int(MAX_MERGE_SHARE * left_bytes))
+        return left_bytes - copy_bytes, copy_bytes
+    pool_bytes = left_bytes if pool_bytes is None else pool_bytes
     if device.type != "cuda":
-        free_bytes = int(config.memory_utilization * psutil.virtual_memory().available)
-    return pool_bytes, min(wanted, max(0, free_bytes - pool_bytes))
+        left_bytes = int(config.memory_utilization * psutil.virtual_memory().available)
+    if left_bytes <= pool_bytes:
+        raise ConfigError(
+            f"merge is {config.merge!r}; the pool's {pool_bytes:,} bytes leave nothing for merged "
+            f"weights ({memory_report(device)}); lower pool_bytes, or leave merge off"
+        )
+    return pool_bytes, min(wanted, left_bytes - pool_bytes)
 
 
-def _free_bytes(
+class _Taken(NamedTuple):
+    """Bytes of a device that are neither weights nor pages."""
+
+    step: int
+    graphs: int
+
+
+def _taken_bytes(
     config: EngineConfig, geometry: PageGeometry, decoder: Decoder, backend: Backend
-) -> int:
-    """What `memory_utilization` leaves to the pool."""
-    sizes = config.max_step_tokens, config.max_num_sequences
+) -> _Taken:
+    """What steps and their graphs take. Raises ConfigError if there is not so much."""
+    before = memory_report(backend.device)
+    num_rows = config.max_num_sequences
+    max_tokens = config.max_model_len or decoder.config.max_position
     try:
-        num_bytes = step_bytes(decoder, backend, geometry, *sizes)
-        num_bytes += graph_bytes(decoder, backend, geometry, config.max_num_sequences)
+        return _Taken(
+            step_bytes(decoder, backend, geometry, config.max_step_tokens, num_rows),
+            graph_bytes(decoder, backend, geometry, num_rows, max_tokens),
+        )
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"a step of {config.max_step_tokens} tokens does not fit beside the weights:"
-            f" {memory_report(backend.device)}; lower max_step_tokens"
+            f"a step of {config.max_step_tokens:,} tokens does not fit beside the weights, which "
+            f"take {decoder.num_bytes():,} bytes: {before}; lower max_step_tokens"
         ) from error
-    return default_pool_bytes(backend.device, config.memory_utilization, num_bytes)
+
+
+def _require_fit(
+    pool_bytes: int, num_step_bytes: int, config: EngineConfig, device: torch.device
+) -> None:
+    """Refuse a pool beside which a step would fail."""
+    if pool_bytes + num_step_bytes > free_bytes(device):
+        raise ConfigError(
+            f"pool_bytes is {pool_bytes:,} and a step of {config.max_step_tokens:,} tokens takes "
+            f"{num_step_bytes:,} beside it: {memory_report(device)}, weights taken; lower "
+            "pool_bytes or max_step_tokens"
+        )

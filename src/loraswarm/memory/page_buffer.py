@@ -58,12 +58,22 @@ class PageBuffer:
             shape.head_size,
         )
 
+    def moment(self) -> torch.cuda.Event | None:
+        """All work on the pages that the calling thread has begun; None on the CPU, where nothing
+        goes on by itself."""
+        return None if self._staging is None else self._staging.moment()
+
+    def wait_for(self, moment: torch.cuda.Event | None) -> None:
+        """Let pieces that are copied from now on be written after that work, without waiting."""
+        if self._staging is not None and moment is not None:
+            self._staging.wait_for(moment)
+
     def copy_pieces(self, image: np.ndarray, packing: Packing, starts: Sequence[int]) -> None:
         """Copy an image (memory/image) to where its pieces begin, in elements of `pool`.
 
         Pages that follow each other in the pool are copied as one. Any thread may call it, one at
         a time: it holds the GIL only between copies. Done when it returns, on a device too, where
-        no kernel under way may use these pages.
+        kernels under way that use these pages must have been waited for (`wait_for`).
         """
         assert image.nbytes == image_bytes(packing, self.geometry)
         sizes = piece_bytes(packing, self.geometry)

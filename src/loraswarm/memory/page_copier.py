@@ -1,7 +1,9 @@
 """Copies images into pages of the pool beside the steps: one thread, first in, first out.
 
-Does not decide what is copied or where (AdapterCache) and touches no page but those of its loads.
-Called by the engine's thread alone, which is woken when a copy is done.
+On a device a copy follows all that was launched before it was submitted: what read or wrote those
+pages for whoever had them last. Does not decide what is copied or where (AdapterCache) and touches
+no page but those of its loads. Called by the engine's thread alone, which is woken when a copy is
+done.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import NamedTuple
+
+import torch
 
 from loraswarm.core.sequence import AdapterKey
 from loraswarm.memory.adapter_cache import AdapterLoad
@@ -38,6 +43,14 @@ class CopyDone:
     error: Exception | None = None
 
 
+class _Job(NamedTuple):
+    """`begun` is what the engine's thread had launched by then."""
+
+    load: AdapterLoad
+    image: AdapterImage
+    begun: torch.cuda.Event | None
+
+
 class PageCopier:
     """Copies of adapters under way. Pages of a load must stay the load's own until it is done."""
 
@@ -46,7 +59,7 @@ class PageCopier:
         self._buffer = buffer
         self._tiles = tiles
         self._wake = wake
-        self._jobs: SimpleQueue[tuple[AdapterLoad, AdapterImage] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._done: deque[tuple[AdapterLoad, CopyDone]] = deque()
         self._copying: set[AdapterKey] = set()
         self._is_closed = False
@@ -71,7 +84,7 @@ class PageCopier:
         assert load.info.key == image.info.key
         assert load.info.key not in self._copying, f"copied twice at once: {load.info.key}"
         self._copying.add(load.info.key)
-        self._jobs.put((load, image))
+        self._jobs.put(_Job(load, image, self._buffer.moment()))
 
     def take_done(self) -> list[CopyDone]:
         """Copies that ended since the last call, in order; those without error can be used now."""
@@ -93,16 +106,16 @@ class PageCopier:
     def _run(self) -> None:
         _give_way()
         while (job := self._jobs.get()) is not None and not self._is_closed:
-            load, image = job
-            self._done.append((load, self._copy(load, image)))
+            self._done.append((job.load, self._copy(job)))
             # A reference kept until the next job would keep a large image alive.
-            del job, load, image
+            del job
             self._wake()
 
-    def _copy(self, load: AdapterLoad, image: AdapterImage) -> CopyDone:
-        begin = time.perf_counter()
+    def _copy(self, job: _Job) -> CopyDone:
+        load, begin = job.load, time.perf_counter()
         try:
-            num_bytes = self._tiles.copy(load, image)
+            self._buffer.wait_for(job.begun)
+            num_bytes = self._tiles.copy(load, job.image)
         except Exception as error:
             _logger.exception("adapter copy failed name=%r", load.info.name)
             return CopyDone(load.info.key, time.perf_counter() - begin, 0, error)
