@@ -26,7 +26,16 @@ PYTEST = ("-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider", "-rfE
 TESTS = Path(__file__).resolve().parent.parent.parent / "tests"
 SLOW = ("served_methods", "prefix_serving", "engine", "look_ahead_engine", "triton_attention")
 QUICK = (
-    *("decode_graphs", "transfer", "look_ahead", "page_copier", "staging", "mixing", "churn"),
+    *(
+        "decode_graphs",
+        "transfer",
+        "look_ahead",
+        "page_copier",
+        "staging",
+        "image",
+        "mixing",
+        "churn",
+    ),
     *("tiers", "merging", "merging_auto", "merging_memory", "merging_options", "merging_switches"),
 )
 """Of other tests than those of Triton's kernels, these run on a device too."""

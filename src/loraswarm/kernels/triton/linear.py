@@ -8,6 +8,7 @@ Legend: T tokens, I in features, O out features, Q parts, R rank columns.
 from __future__ import annotations
 
 from functools import cache
+from threading import get_ident
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -72,7 +73,7 @@ def linear_shrink(
     if not x_TI.is_cuda:
         y_TO = linear(x_TI, weight, bias_O)
         return y_TO, lora_shrink(x_TI, pool, tiles, first_site, num_parts)
-    side, main = _side_stream(x_TI.device), torch.cuda.current_stream(x_TI.device)
+    side, main = _side_stream(x_TI.device, get_ident()), torch.cuda.current_stream(x_TI.device)
     side.wait_stream(main)
     with torch.cuda.stream(side):
         h_QTR = lora_shrink(x_TI, pool, tiles, first_site, num_parts)
@@ -84,6 +85,7 @@ def linear_shrink(
 
 
 @cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all shrinks: their kernels and scratch memory follow each other on it."""
+def _side_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """The stream of all shrinks of a thread: their kernels and scratch memory follow each other on
+    it. What one thread captures, another must not add to."""
     return torch.cuda.Stream(device)
