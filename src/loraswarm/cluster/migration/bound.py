@@ -10,30 +10,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from loraswarm.cluster.migration.objective import MEAN_WEIGHT, Indexed, objective_of
-from loraswarm.cluster.migration.placement import Floats
+from loraswarm.cluster.migration.objective import MEAN_WEIGHT, Floats, Indexed
 
-NUM_HALVINGS = 40
+NUM_HALVINGS = 30
 
 
 class Bound:
     """`makespan_s` and `objective_s` that no placement is below."""
 
     def __init__(self, indexed: Indexed) -> None:
-        problem = indexed.problem
-        self._overflow_byte_s = problem.overflow_byte_s
-        now = objective_of(indexed, indexed.home)
-        self._now_s: Floats = np.array(now.loads_s)
-        self._accepts = np.array([room.accepts for room in problem.replicas])
-        self._work_s = sum(request.work_s for request in problem.requests)
-        self._spare_bytes = float(
-            sum(room.pool_bytes for room in problem.replicas)
-            - sum(request.memory_bytes for request in problem.requests)
-        )
+        columns = indexed.columns
+        self._columns = columns
+        self._overflow_byte_s = indexed.problem.overflow_byte_s
+        self._accepts = np.array([room.accepts for room in indexed.problem.replicas])
+        self._work_s = float(columns.work_s.sum())
+        self._spare_bytes = float(columns.pool_bytes.sum() - columns.memory_bytes.sum())
         self._count_adapters(indexed)
-        self._sort_leavers(indexed)
-        self.makespan_s = max(self._find_makespan_s(), _longest_s(indexed, self._copy_s))
-        least_s = self._total_s(now.objective_s)
+        self._see_now(indexed)
+        longest_s = columns.work_s + np.append(self._copy_s, 0.0)[columns.needed].sum(axis=1)
+        self.makespan_s = max(self._find_makespan_s(), float(longest_s.max(initial=0.0)))
+        now_s = float(self._now_s.max()) + MEAN_WEIGHT * float(self._now_s.mean())
+        least_s = self._total_s(max(now_s, self.makespan_s))
         self.objective_s = self.makespan_s + MEAN_WEIGHT * least_s / len(self._now_s)
 
     def _find_makespan_s(self) -> float:
@@ -70,56 +67,52 @@ class Bound:
 
     def _count_adapters(self, indexed: Indexed) -> None:
         """For each adapter: seconds and bytes of its cheapest copy, and the work it is in."""
-        num_adapters = len(indexed.names)
-        needed = [indexed.problem.adapters[name] for name in indexed.names]
-        work_s = np.zeros(num_adapters)
-        for request, adapters in zip(indexed.problem.requests, indexed.adapters_of, strict=True):
-            for k in adapters:
-                work_s[k] += request.work_s
-        self._adapter_work_s: Floats = work_s
-        self._adapter_bytes: Floats = np.array([float(each.num_bytes) for each in needed])
+        columns, num_adapters = self._columns, len(indexed.needed)
+        work_s = np.zeros(num_adapters + 1)
+        for needed in columns.needed.T:
+            work_s += np.bincount(needed, columns.work_s, num_adapters + 1)
+        self._adapter_work_s: Floats = work_s[:-1]
+        self._adapter_bytes: Floats = columns.entry_bytes[:-1]
         self._copy_s: Floats = np.array(
             [
                 each.share_s + min((each.load_s, *held.values()))
-                for each, held in zip(needed, indexed.held_s, strict=True)
+                for each, held in zip(indexed.needed, indexed.held_s, strict=True)
             ]
         )
 
-    def _sort_leavers(self, indexed: Indexed) -> None:
-        """Each replica's requests by what a move costs for a second that it is rid of, summed up.
+    def _see_now(self, indexed: Indexed) -> None:
+        """Loads as they are, and each replica's requests by what a move costs for a second that it
+        is rid of, summed up.
 
         A replica is rid of no more than a request's work, its part of its adapters, and its bytes
         if they overflow now.
         """
-        requests = indexed.problem.requests
-        num_users: dict[tuple[int, int], int] = {}
-        used = np.zeros(len(self._now_s))
-        for i, j in enumerate(indexed.home):
-            used[j] += requests[i].memory_bytes
-            for k in indexed.adapters_of[i]:
-                num_users[k, j] = num_users.get((k, j), 0) + 1
-        for k, j in num_users:
-            used[j] += indexed.adapter_bytes[k]
-        overflows = used > np.array([room.pool_bytes for room in indexed.problem.replicas])
-        out_s = np.array([request.work_s for request in requests])
-        for i, j in enumerate(indexed.home):
-            byte_s = self._overflow_byte_s if overflows[j] else 0.0
-            out_s[i] += byte_s * requests[i].memory_bytes
-            for k in indexed.adapters_of[i]:
-                copy_s = indexed.entry_s(k, j) + byte_s * indexed.adapter_bytes[k]
-                out_s[i] += copy_s / num_users[k, j]
-        move_s = np.array([request.move_s for request in requests])
-        home = np.array(indexed.home, dtype=np.int64)
-        order = np.lexsort((move_s / np.maximum(out_s, 1e-30), home))
+        columns, num_replicas = self._columns, len(indexed.problem.replicas)
+        users: dict[tuple[int, int], list[int]] = {}
+        for i, adapters in enumerate(indexed.adapters_of):
+            for k in adapters:
+                users.setdefault((k, indexed.home[i]), []).append(i)
+        now_s = np.bincount(columns.home, columns.work_s, num_replicas)
+        used = np.bincount(columns.home, columns.memory_bytes, num_replicas)
+        for k, j in users:
+            now_s[j] += indexed.entry_s(k, j)
+            used[j] += indexed.needed[k].num_bytes
+        over_bytes = np.maximum(used - columns.pool_bytes, 0.0)
+        byte_s = np.where(over_bytes > 0.0, self._overflow_byte_s, 0.0)
+        out_s = columns.work_s + byte_s[columns.home] * columns.memory_bytes
+        for (k, j), needing in users.items():
+            copy_s = indexed.entry_s(k, j) + float(byte_s[j]) * indexed.needed[k].num_bytes
+            for i in needing:
+                out_s[i] += copy_s / len(needing)
+        self._now_s: Floats = now_s + self._overflow_byte_s * over_bytes
+        self._sort_leavers(out_s)
+
+    def _sort_leavers(self, out_s: Floats) -> None:
+        columns = self._columns
+        order = np.lexsort((columns.move_s / np.maximum(out_s, 1e-30), columns.home))
         self._left_s: Floats = np.concatenate(([0.0], np.cumsum(out_s[order])))
-        self._moved_s: Floats = np.concatenate(([0.0], np.cumsum(move_s[order])))
-        self._leave_s: Floats = np.bincount(home, out_s, minlength=len(self._now_s))
-        self._begin_s: Floats = np.concatenate(([0.0], np.cumsum(self._leave_s)[:-1]))
-
-
-def _longest_s(indexed: Indexed, copy_s: Floats) -> float:
-    """The request that takes longest even if it is alone, and stays if that costs less."""
-    longest_s = 0.0
-    for request, adapters in zip(indexed.problem.requests, indexed.adapters_of, strict=True):
-        longest_s = max(longest_s, request.work_s + sum(float(copy_s[k]) for k in adapters))
-    return longest_s
+        self._moved_s: Floats = np.concatenate(([0.0], np.cumsum(columns.move_s[order])))
+        num_here = np.bincount(columns.home, minlength=len(self._now_s))
+        ends = np.concatenate(([0], np.cumsum(num_here)))
+        self._begin_s: Floats = self._left_s[ends[:-1]]
+        self._leave_s: Floats = self._left_s[ends[1:]] - self._begin_s

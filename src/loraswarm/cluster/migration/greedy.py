@@ -16,15 +16,24 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from loraswarm.cluster.migration.bound import Bound
-from loraswarm.cluster.migration.objective import MEAN_WEIGHT, Found, Indexed, solution_of
-from loraswarm.cluster.migration.placement import Floats, Ints, Placement
+from loraswarm.cluster.migration.objective import (
+    MEAN_WEIGHT,
+    Floats,
+    Found,
+    Indexed,
+    Ints,
+    solution_of,
+)
+from loraswarm.cluster.migration.placement import Placement
 from loraswarm.cluster.migration.problem import MigrationProblem, Solution
 
 NUM_ROUNDS = 400
+NUM_SHEDDINGS = 4
+PLACED_AT_ONCE = 32
 KICKED = 3
 """Requests placed at random when the search is stuck, at most."""
 MAX_LEAVERS = 256
-MAX_PARTNERS = 1024
+MAX_PARTNERS = 256
 NUM_TRIED = 4
 LEAST_GAIN = 1e-9
 TIE_WEIGHT = 1e-3
@@ -41,7 +50,7 @@ class Greedy:
         start_s = time.perf_counter()
         indexed = Indexed.of(problem)
         bound = Bound(indexed)
-        search = _Search(Placement(indexed), start_s + time_limit_s)
+        search = _Search(Placement(indexed), indexed.columns.move_s, start_s + time_limit_s)
         search.shed(bound.makespan_s)
         search.descend()
         search.repeat(self.num_rounds, random.Random(self.seed), bound.objective_s)
@@ -54,6 +63,7 @@ class _Search:
     """Changes `placement`; `best` is the best that it has been, from the start on."""
 
     placement: Placement
+    _move_s: Floats
     end_s: float
     best: list[int] = field(init=False)
     best_s: float = field(init=False)
@@ -64,24 +74,29 @@ class _Search:
         self._mean_weight = MEAN_WEIGHT / self.placement.num_replicas
 
     def shed(self, level_s: float) -> None:
-        """Move requests off replicas whose load is above `level_s`, the longest first."""
-        leavers: list[int] = []
-        for j, load_s in enumerate(self.placement.loads_s()):
-            if load_s > level_s:
-                leavers += self._leavers(j, float(load_s) - level_s)
-        leavers.sort(key=lambda i: (-self.placement.out_s[i], i))
-        for i in leavers:
-            if time.perf_counter() > self.end_s:
+        """Move requests off replicas whose load is above `level_s`, the longest first.
+
+        Repeated, as what leaves changes what overflows and which adapters are needed.
+        """
+        for _ in range(NUM_SHEDDINGS):
+            leavers: list[int] = []
+            for j in np.flatnonzero(self.placement.loads_s() > level_s).tolist():
+                leavers += self._leavers(j, self.placement.load_s(j) - level_s)
+            leavers.sort(key=lambda i: (-self.placement.out_s[i], i))
+            for begin in range(0, len(leavers), PLACED_AT_ONCE):
+                self._place(leavers[begin : begin + PLACED_AT_ONCE], level_s)
+            self._keep()
+            if not leavers or time.perf_counter() > self.end_s:
                 break
-            self._place(i, level_s)
-        self._keep()
 
     def _leavers(self, replica: int, excess_s: float) -> list[int]:
+        """Those whose moves cost least for what they take off, until that is `excess_s`."""
         placement = self.placement
         members = np.array(list(placement.members[replica]), dtype=np.int64)
         relief_s = placement.load_s(replica) - placement.load_without_s(replica, members)
+        cost = self._move_s[members] / np.maximum(relief_s, 1e-30)
         found = []
-        for place in np.argsort(np.array(placement.move_s)[members] / (relief_s + 1e-30), kind="stable"):
+        for place in np.argsort(cost, kind="stable").tolist():
             if excess_s <= 0.0:
                 break
             if relief_s[place] <= 2.0 * excess_s:
@@ -89,18 +104,26 @@ class _Search:
                 excess_s -= float(relief_s[place])
         return found
 
-    def _place(self, request: int, level_s: float) -> None:
-        """Where its coming costs least among those that stay below the level, else least above."""
+    def _place(self, requests: list[int], level_s: float) -> None:
+        """Each where its coming costs least among those that stay below the level, else where the
+        load is least above. What one brings for another is seen in the next batch only."""
         placement = self.placement
-        source = placement.at[request]
-        seconds, new_bytes = placement.entries(request)
-        after_s = placement.base_s + seconds
-        after_s += placement.overflow_s(placement.used_bytes + new_bytes)
-        score = np.maximum(after_s, level_s) + TIE_WEIGHT * after_s + self._mean_weight * seconds
-        score[source] = np.inf
-        target = int(score.argmin())
-        if after_s[target] < placement.load_s(source):
-            placement.move(request, target)
+        seconds, num_bytes = placement.entries(np.array(requests, dtype=np.int64))
+        scores = self._mean_weight * seconds
+        for i, in_s, in_bytes, score in zip(requests, seconds, num_bytes, scores, strict=True):
+            after_s = placement.base_s + in_s
+            after_s += placement.overflow_s(placement.used_bytes + in_bytes)
+            score += np.maximum(after_s, level_s) + TIE_WEIGHT * after_s
+            score[placement.at[i]] = np.inf
+            target = int(score.argmin())
+            if after_s[target] < placement.load_s(placement.at[i]):
+                self._try_move(i, target)
+
+    def _try_move(self, request: int, target: int) -> None:
+        source = self.placement.at[request]
+        self.placement.move(request, target)
+        if not self.placement.fits(target):
+            self.placement.move(request, source)
 
     def descend(self) -> None:
         """Until the most loaded replica can neither give a request nor exchange one."""
@@ -136,8 +159,8 @@ class _Search:
         for _ in range(chance.randint(1, KICKED)):
             is_of_fullest = bool(fullest) and chance.random() < 0.5
             i = chance.choice(fullest) if is_of_fullest else chance.randrange(len(placement.at))
-            seconds, _ = placement.entries(i)
-            open_to = np.flatnonzero(np.isfinite(seconds))
+            seconds, _ = placement.entries(np.array([i]))
+            open_to = np.flatnonzero(np.isfinite(seconds[0]))
             target = int(open_to[chance.randrange(len(open_to))]) if len(open_to) else -1
             if target not in (-1, placement.at[i]):
                 placement.move(i, target)
@@ -150,9 +173,7 @@ class _Search:
         if len(leavers) > MAX_LEAVERS:
             order = np.argsort(-placement.out_s[leavers], kind="stable")
             leavers = leavers[order[:MAX_LEAVERS]]
-        rows = [placement.entries(int(i)) for i in leavers]
-        seconds = np.array([row[0] for row in rows])
-        num_bytes = np.array([row[1] for row in rows])
+        seconds, num_bytes = placement.entries(leavers)
         if self._give(fullest, leavers, seconds, num_bytes):
             return True
         return self._exchange(fullest, leavers, seconds, num_bytes)
@@ -188,7 +209,7 @@ class _Search:
         at = np.array([placement.at[i] for i in partners], dtype=np.int64)
         there_s = placement.base_s[at] - placement.out_s[partners] + seconds[:, at]
         there_bytes = placement.used_bytes[at] - placement.out_bytes[partners] + num_bytes[:, at]
-        there_s += placement.overflow_at_s(there_bytes, at)
+        there_s += placement.overflow_s(there_bytes, at)
         here_s = placement.base_s[fullest] - placement.out_s[leavers][:, None] + back_s
         here_bytes = placement.used_bytes[fullest] - placement.out_bytes[leavers][:, None]
         here_s += placement.overflow_s(here_bytes + back_bytes, fullest)

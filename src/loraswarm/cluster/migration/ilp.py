@@ -63,7 +63,9 @@ class Ilp:
         return solution_of(indexed, Found(best, bound_s, seconds, is_optimal))
 
 
-async def solve_off_loop(solver: Solver, problem: MigrationProblem, time_limit_s: float) -> Solution:
+async def solve_off_loop(
+    solver: Solver, problem: MigrationProblem, time_limit_s: float
+) -> Solution:
     """Solve on a thread, while the event loop goes on. A problem is frozen, so none can change it.
 
     HiGHS runs without the interpreter's lock. If the task is cancelled, the thread still runs to
@@ -93,7 +95,7 @@ class _Model:
             [self.program.add_binary(float(indexed.may_host(i, j))) for j in self._replicas]
             for i in range(len(problem.requests))
         ]
-        self._y = [[self.program.add_binary() for _ in self._replicas] for _ in indexed.names]
+        self._y = [[self.program.add_binary() for _ in self._replicas] for _ in indexed.needed]
         self._over = [self.program.add_amount() for _ in self._replicas]
         weight = MEAN_WEIGHT / len(problem.replicas)
         self._load = [self.program.add_amount(cost=weight) for _ in self._replicas]
@@ -113,8 +115,8 @@ class _Model:
                 values[self._y[k][j]] = 1.0
         for j, room in enumerate(problem.replicas):
             used[j] += sum(
-                size
-                for k, size in enumerate(indexed.adapter_bytes)
+                adapter.num_bytes
+                for k, adapter in enumerate(indexed.needed)
                 if values[self._y[k][j]] == 1.0
             )
             values[self._over[j]] = max(0, used[j] - room.pool_bytes) / MEBIBYTE
@@ -136,8 +138,8 @@ class _Model:
                     add_row({self._y[k][j]: 1.0, row[j]: -1.0}, 0.0)
         for j in self._replicas:
             limit = indexed.limit_bytes[j] / MEBIBYTE
-            sizes = enumerate(indexed.adapter_bytes)
-            add_row({self._y[k][j]: size / MEBIBYTE for k, size in sizes}, upper=limit)
+            sizes = (adapter.num_bytes / MEBIBYTE for adapter in indexed.needed)
+            add_row({self._y[k][j]: size for k, size in enumerate(sizes)}, upper=limit)
             self._add_overflow(j)
             self._add_load(j)
             add_row({self._makespan: 1.0, self._load[j]: -1.0}, 0.0)
@@ -148,8 +150,8 @@ class _Model:
         weights = {self._over[replica]: 1.0}
         for row, request in zip(self._x, problem.requests, strict=True):
             weights[row[replica]] = -request.memory_bytes / MEBIBYTE
-        for k, num_bytes in enumerate(self._indexed.adapter_bytes):
-            weights[self._y[k][replica]] = -num_bytes / MEBIBYTE
+        for k, adapter in enumerate(self._indexed.needed):
+            weights[self._y[k][replica]] = -adapter.num_bytes / MEBIBYTE
         self.program.add_row(weights, -problem.replicas[replica].pool_bytes / MEBIBYTE)
 
     def _add_load(self, replica: int) -> None:
@@ -160,6 +162,6 @@ class _Model:
         for i, request in enumerate(indexed.problem.requests):
             moved_s = 0.0 if indexed.home[i] == replica else request.move_s
             weights[self._x[i][replica]] = -request.work_s - moved_s
-        for k in range(len(indexed.names)):
+        for k in range(len(indexed.needed)):
             weights[self._y[k][replica]] = -indexed.entry_s(k, replica)
         self.program.add_row(weights, 0.0, 0.0)

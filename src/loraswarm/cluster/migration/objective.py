@@ -21,14 +21,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from loraswarm.cluster.migration.problem import (
     AdapterLoad,
     MigrationProblem,
     Move,
+    NeededAdapter,
     Objective,
     Solution,
 )
 
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 MEAN_WEIGHT = 0.1
 """What a second of every replica counts beside a second of the most loaded one."""
 
@@ -39,16 +45,16 @@ class Indexed:
 
     `held_s[k]` has, for replicas that hold adapter k, the seconds until it is in pages there;
     `limit_bytes` are what adapters in use may take: what a replica allows, or has now if that is
-    more.
+    more. `columns` are the same as arrays.
     """
 
     problem: MigrationProblem
     home: list[int]
     adapters_of: list[tuple[int, ...]]
-    names: list[str]
-    adapter_bytes: list[int]
+    needed: list[NeededAdapter]
     held_s: list[dict[int, float]]
     limit_bytes: list[int]
+    columns: Columns
 
     @classmethod
     def of(cls, problem: MigrationProblem) -> Indexed:
@@ -56,29 +62,68 @@ class Indexed:
         index: dict[str, int] = {}
         adapters_of = []
         for request in problem.requests:
-            for name in request.adapters:
-                index.setdefault(name, len(index))
-            adapters_of.append(tuple(index[name] for name in request.adapters))
+            adapters_of.append(tuple(index.setdefault(a, len(index)) for a in request.adapters))
         home = [place[request.replica_id] for request in problem.requests]
-        sizes = [problem.adapters[name].num_bytes for name in index]
+        needed = [problem.adapters[name] for name in index]
         used: list[set[int]] = [set() for _ in problem.replicas]
-        for j, needed in zip(home, adapters_of, strict=True):
-            used[j].update(needed)
+        for j, adapters in zip(home, adapters_of, strict=True):
+            used[j].update(adapters)
         limits = [
-            max(room.adapter_bytes, sum(sizes[k] for k in needed))
-            for room, needed in zip(problem.replicas, used, strict=True)
+            max(room.adapter_bytes, sum(needed[k].num_bytes for k in adapters))
+            for room, adapters in zip(problem.replicas, used, strict=True)
         ]
-        names = list(index)
-        return cls(problem, home, adapters_of, names, sizes, _held_s(problem, index), limits)
+        columns = Columns.of(problem, home, adapters_of, needed)
+        return cls(problem, home, adapters_of, needed, _held_s(problem, index), limits, columns)
 
     def entry_s(self, adapter: int, replica: int) -> float:
         """Seconds that `replica` spends once for any number of requests of `adapter`."""
-        needed = self.problem.adapters[self.names[adapter]]
+        needed = self.needed[adapter]
         return needed.share_s + self.held_s[adapter].get(replica, needed.load_s)
 
     def may_host(self, request: int, replica: int) -> bool:
         """Whether it is there, or may come as far as the replica accepts."""
         return replica == self.home[request] or self.problem.replicas[replica].accepts
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """A problem's numbers as arrays: of N requests, J replicas and K adapters.
+
+    `needed` [N, most adapters of a request] counts adapters; where a request has fewer it has K,
+    whose `entry_s` and `entry_bytes` [K + 1] are 0. Those are of a replica that holds nothing.
+    """
+
+    home: Ints
+    work_s: Floats
+    move_s: Floats
+    memory_bytes: Floats
+    needed: Ints
+    entry_s: Floats
+    entry_bytes: Floats
+    pool_bytes: Floats
+
+    @classmethod
+    def of(
+        cls,
+        problem: MigrationProblem,
+        home: list[int],
+        adapters_of: list[tuple[int, ...]],
+        needed: list[NeededAdapter],
+    ) -> Columns:
+        requests = problem.requests
+        width = max(map(len, adapters_of), default=0)
+        padding = [(len(needed),) * (width - count) for count in range(width + 1)]
+        padded = [adapters + padding[len(adapters)] for adapters in adapters_of]
+        return cls(
+            home=np.array(home, dtype=np.int64),
+            work_s=np.array([request.work_s for request in requests], dtype=np.float64),
+            move_s=np.array([request.move_s for request in requests], dtype=np.float64),
+            memory_bytes=np.array([each.memory_bytes for each in requests], dtype=np.float64),
+            needed=np.array(padded, dtype=np.int64).reshape(len(requests), width),
+            entry_s=np.array([*(each.share_s + each.load_s for each in needed), 0.0]),
+            entry_bytes=np.array([*(float(each.num_bytes) for each in needed), 0.0]),
+            pool_bytes=np.array([float(room.pool_bytes) for room in problem.replicas]),
+        )
 
 
 def _held_s(problem: MigrationProblem, index: dict[str, int]) -> list[dict[int, float]]:
@@ -110,7 +155,7 @@ def objective_of(indexed: Indexed, assignment: Sequence[int]) -> Objective:
     for j, adapters in enumerate(needed_on(indexed, assignment)):
         for k in sorted(adapters):
             loads[j] += indexed.entry_s(k, j)
-            used[j] += indexed.adapter_bytes[k]
+            used[j] += indexed.needed[k].num_bytes
     for j, room in enumerate(problem.replicas):
         loads[j] += problem.overflow_byte_s * max(0, used[j] - room.pool_bytes)
     mean_s = sum(loads) / len(loads)
@@ -138,10 +183,10 @@ def solution_of(indexed: Indexed, found: Found) -> Solution:
     _check(indexed, found.assignment, after)
     before = needed_on(indexed, indexed.home)
     loads = [
-        AdapterLoad(indexed.names[k], room.replica_id)
+        AdapterLoad(indexed.needed[k].name, room.replica_id)
         for j, room in enumerate(problem.replicas)
         for k in sorted(after[j] - before[j])
-        if room.tiers.get(indexed.names[k]) != "device"
+        if room.tiers.get(indexed.needed[k].name) != "device"
     ]
     moves = [
         Move(request.request_id, request.replica_id, problem.replicas[j].replica_id, request.how)
@@ -164,5 +209,5 @@ def _check(indexed: Indexed, assignment: Sequence[int], needed: list[set[int]]) 
         if not indexed.may_host(i, j):
             raise ValueError(f"request {i} cannot come to replica {j}")
     for j, adapters in enumerate(needed):
-        if sum(indexed.adapter_bytes[k] for k in adapters) > indexed.limit_bytes[j]:
+        if sum(indexed.needed[k].num_bytes for k in adapters) > indexed.limit_bytes[j]:
             raise ValueError(f"adapters on replica {j} exceed its limit")

@@ -1,18 +1,16 @@
 """A placement that is changed request by request, and what each change would cost.
 
-The objective's terms, kept with every move (`objective` defines them; a test compares). Rows over
-all replicas are numpy arrays, as a search asks for them by the thousand. Used by `greedy` alone.
+The objective's terms, kept with every move (`objective` defines them; a test compares). What is
+asked of many requests or replicas at once is answered in arrays, as a search asks for it by the
+thousand. Used by `greedy` alone.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from loraswarm.cluster.migration.objective import MEAN_WEIGHT, Indexed
+from loraswarm.cluster.migration.objective import MEAN_WEIGHT, Floats, Indexed, Ints
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 MAX_CACHED = 4_000_000
 """Numbers in rows of adapters that are kept."""
 
@@ -26,39 +24,44 @@ class Placement:
     """
 
     def __init__(self, indexed: Indexed) -> None:
-        problem = indexed.problem
-        num_replicas, num_requests = len(problem.replicas), len(problem.requests)
+        columns, num_replicas = indexed.columns, len(indexed.problem.replicas)
         self._indexed = indexed
+        self._columns = columns
+        self._overflow_byte_s = indexed.problem.overflow_byte_s
         self.num_replicas = num_replicas
-        self.home = indexed.home
         self.at = list(indexed.home)
         self.members: list[dict[int, None]] = [{} for _ in range(num_replicas)]
-        self.work_s = [request.work_s for request in problem.requests]
-        self.move_s = [request.move_s for request in problem.requests]
-        self.memory_bytes = [request.memory_bytes for request in problem.requests]
-        self.accepts = np.array([room.accepts for room in problem.replicas])
-        self.base_s: Floats = np.zeros(num_replicas)
-        self.used_bytes: Floats = np.zeros(num_replicas)
+        self.base_s: Floats = np.bincount(columns.home, columns.work_s, num_replicas)
+        self.used_bytes: Floats = np.bincount(columns.home, columns.memory_bytes, num_replicas)
         self.adapter_bytes: Floats = np.zeros(num_replicas)
-        self.out_s: Floats = np.zeros(num_requests)
-        self.out_bytes: Floats = np.zeros(num_requests)
-        self._pool: Floats = np.array([float(room.pool_bytes) for room in problem.replicas])
-        self._limit: Floats = np.array([float(each) for each in indexed.limit_bytes])
-        self._users: list[dict[int, set[int]]] = [{} for _ in indexed.names]
+        self.out_s: Floats = columns.work_s.copy()
+        self.out_bytes: Floats = columns.memory_bytes.copy()
+        self._is_closed = np.array([not room.accepts for room in indexed.problem.replicas])
+        self._limit_bytes: Floats = np.array(indexed.limit_bytes, dtype=np.float64)
+        self._users: list[dict[int, set[int]]] = [{} for _ in indexed.needed]
         self._present: list[dict[int, None]] = [{} for _ in range(num_replicas)]
-        self._fill_columns()
-        self._rows: dict[int, Floats] = {}
-        for i, j in enumerate(self.at):
-            self._enter(i, j)
-        for i in range(num_requests):
-            self._refresh(i)
+        self._held_at: list[list[tuple[int, float]]] = [[] for _ in range(num_replicas)]
+        self._rows = _Rows(indexed)
+        self._fill()
 
     def loads_s(self) -> Floats:
         return self.base_s + self.overflow_s(self.used_bytes)
 
     def load_s(self, replica: int) -> float:
-        over = max(0.0, float(self.used_bytes[replica] - self._pool[replica]))
-        return float(self.base_s[replica]) + self._indexed.problem.overflow_byte_s * over
+        over_bytes = self.used_bytes[replica] - self._columns.pool_bytes[replica]
+        return float(self.base_s[replica]) + self._overflow_byte_s * max(0.0, float(over_bytes))
+
+    def objective_s(self) -> float:
+        loads = self.loads_s()
+        return float(loads.max()) + MEAN_WEIGHT * float(loads.sum()) / self.num_replicas
+
+    def overflow_s(self, used_bytes: Floats, replicas: int | Ints | None = None) -> Floats:
+        """Seconds of overflow if so many bytes are used; the last axis is of all replicas, of
+        `replicas`, or of anything on one of them."""
+        pool = self._columns.pool_bytes
+        over = used_bytes - (pool if replicas is None else pool[replicas])
+        over_s: Floats = self._overflow_byte_s * np.maximum(over, 0.0)
+        return over_s
 
     def load_without_s(self, replica: int, requests: Ints) -> Floats:
         """The replica's load without each of these, which are on it."""
@@ -66,92 +69,70 @@ class Placement:
         base_s: Floats = self.base_s[replica] - self.out_s[requests]
         return base_s + self.overflow_s(used_bytes, replica)
 
-    def overflow_s(self, used_bytes: Floats, replica: int | None = None) -> Floats:
-        """Seconds of overflow if so many bytes are used: [..., J], or of one replica."""
-        pool = self._pool if replica is None else self._pool[replica]
-        over_s: Floats = self._indexed.problem.overflow_byte_s * np.maximum(used_bytes - pool, 0.0)
-        return over_s
+    def entries(self, requests: Ints) -> tuple[Floats, Floats]:
+        """[N, J] seconds and bytes by which each replica's `base_s` and `used_bytes` would grow.
 
-    def overflow_at_s(self, used_bytes: Floats, replicas: Ints) -> Floats:
-        """The same where the last axis is that of `replicas`."""
-        over = np.maximum(used_bytes - self._pool[replicas], 0.0)
-        over_s: Floats = self._indexed.problem.overflow_byte_s * over
-        return over_s
-
-    def objective_s(self) -> float:
-        loads = self.loads_s()
-        return float(loads.max()) + MEAN_WEIGHT * float(loads.sum()) / self.num_replicas
-
-    def entries(self, request: int) -> tuple[Floats, Floats]:
-        """[J] seconds and bytes by which each replica's `base_s` and `used_bytes` would grow.
-
-        Seconds are infinite where it may not come: the replica does not accept, or has no room for
-        its adapters. Where it is now is of no meaning.
+        Seconds are infinite where a request may not come: the replica does not accept, or has no
+        room for its adapters. Where it is now is of no meaning.
         """
-        seconds = np.full(self.num_replicas, self.work_s[request] + self.move_s[request])
-        home = self.home[request]
-        seconds[home] = self.work_s[request]
-        new_bytes = np.zeros(self.num_replicas)
-        for k in self._indexed.adapters_of[request]:
-            row = self._row(k)
-            seconds += row[0]
-            new_bytes += row[1]
-        is_closed = ~self.accepts
-        is_closed[home] = False
-        has_room = (self.adapter_bytes + new_bytes <= self._limit) | (new_bytes == 0.0)
-        seconds[is_closed | ~has_room] = np.inf
-        return seconds, new_bytes + self.memory_bytes[request]
+        columns = self._columns
+        home = columns.home[requests]
+        seconds, new_bytes = self._rows.sums(columns.needed[requests], self._users)
+        seconds += (columns.work_s[requests] + columns.move_s[requests])[:, None]
+        lines = np.arange(len(requests))
+        seconds[lines, home] -= columns.move_s[requests]
+        at_home = seconds[lines, home]
+        seconds[:, self._is_closed] = np.inf
+        seconds[lines, home] = at_home
+        has_room = (self.adapter_bytes + new_bytes <= self._limit_bytes) | (new_bytes == 0.0)
+        seconds[~has_room] = np.inf
+        return seconds, new_bytes + columns.memory_bytes[requests][:, None]
 
     def entries_at(self, replica: int, requests: Ints) -> tuple[Floats, Floats]:
-        """The same for one replica and each of some requests; room for adapters is not asked."""
-        seconds = self._entry_s.copy()
-        for k, entry_s in self._held_at[replica]:
-            seconds[k] = entry_s
-        num_bytes = self._entry_bytes.copy()
+        """[N] the same for one replica; whether it has room for adapters is not asked."""
+        columns = self._columns
+        entry_s, entry_bytes = columns.entry_s.copy(), columns.entry_bytes.copy()
+        for k, seconds in self._held_at[replica]:
+            entry_s[k] = seconds
         present = list(self._present[replica])
-        seconds[present] = 0.0
-        num_bytes[present] = 0.0
-        needed = self._needed[requests]
-        is_home = self._home[requests] == replica
-        in_s = self._work_s[requests] + np.where(is_home, 0.0, self._move_s[requests])
-        in_s += seconds[needed].sum(axis=1)
-        if not self.accepts[replica]:
+        entry_s[present] = 0.0
+        entry_bytes[present] = 0.0
+        needed = columns.needed[requests]
+        is_home = columns.home[requests] == replica
+        in_s = columns.work_s[requests] + np.where(is_home, 0.0, columns.move_s[requests])
+        in_s += entry_s[needed].sum(axis=1)
+        if self._is_closed[replica]:
             in_s[~is_home] = np.inf
-        return in_s, self._memory_bytes[requests] + num_bytes[needed].sum(axis=1)
+        return in_s, columns.memory_bytes[requests] + entry_bytes[needed].sum(axis=1)
+
+    def fits(self, replica: int) -> bool:
+        """Whether its adapters are within its limit."""
+        return bool(self.adapter_bytes[replica] <= self._limit_bytes[replica])
 
     def move(self, request: int, target: int) -> None:
         source = self.at[request]
-        adapters = self._indexed.adapters_of[request]
         self._leave(request, source)
         self._enter(request, target)
         self.at[request] = target
         self._refresh(request)
-        for k in adapters:
+        for k in self._indexed.adapters_of[request]:
             self._refresh_alone(k, source)
             self._refresh_alone(k, target)
 
-    def fits(self, replica: int) -> bool:
-        """Whether its adapters are within its limit."""
-        return bool(self.adapter_bytes[replica] <= self._limit[replica])
-
-    def _fill_columns(self) -> None:
-        """What `entries_at` reads; the last adapter is none, for requests that need fewer."""
+    def _fill(self) -> None:
+        """Put every request where it is at home; sums of the requests' own are there already."""
         indexed = self._indexed
-        needed = [indexed.problem.adapters[name] for name in indexed.names]
-        self._entry_s: Floats = np.array([*(each.share_s + each.load_s for each in needed), 0.0])
-        self._entry_bytes: Floats = np.array([*(float(each.num_bytes) for each in needed), 0.0])
-        self._held_at: list[list[tuple[int, float]]] = [[] for _ in range(self.num_replicas)]
         for k, held in enumerate(indexed.held_s):
             for j, seconds in held.items():
-                self._held_at[j].append((k, needed[k].share_s + seconds))
-        width = max((len(adapters) for adapters in indexed.adapters_of), default=0)
-        none = len(needed)
-        padded = [(*each, *[none] * (width - len(each))) for each in indexed.adapters_of]
-        self._needed: Ints = np.array(padded, dtype=np.int64).reshape(len(padded), width)
-        self._home: Ints = np.array(indexed.home, dtype=np.int64)
-        self._work_s: Floats = np.array(self.work_s)
-        self._move_s: Floats = np.array(self.move_s)
-        self._memory_bytes: Floats = np.array(self.memory_bytes, dtype=np.float64)
+                self._held_at[j].append((k, indexed.needed[k].share_s + seconds))
+        for i, j in enumerate(self.at):
+            self.members[j][i] = None
+            for k in indexed.adapters_of[i]:
+                self._users[k].setdefault(j, set()).add(i)
+        for k, users in enumerate(self._users):
+            for j in users:
+                self._count_adapter(k, j, 1.0)
+                self._refresh_alone(k, j)
 
     def _enter(self, request: int, replica: int) -> None:
         self.members[replica][request] = None
@@ -172,51 +153,36 @@ class Placement:
                 del self._users[k][replica]
                 self._count_adapter(k, replica, -1.0)
 
+    def _own_s(self, request: int, replica: int) -> float:
+        columns = self._columns
+        work_s, move_s = float(columns.work_s[request]), float(columns.move_s[request])
+        return work_s if replica == self._indexed.home[request] else work_s + move_s
+
     def _count(self, request: int, replica: int, sign: float) -> None:
-        moved_s = 0.0 if replica == self.home[request] else self.move_s[request]
-        self.base_s[replica] += sign * (self.work_s[request] + moved_s)
-        self.used_bytes[replica] += sign * self.memory_bytes[request]
+        self.base_s[replica] += sign * self._own_s(request, replica)
+        self.used_bytes[replica] += sign * self._columns.memory_bytes[request]
 
     def _count_adapter(self, adapter: int, replica: int, sign: float) -> None:
         entry_s = self._indexed.entry_s(adapter, replica)
-        num_bytes = self._indexed.adapter_bytes[adapter]
+        num_bytes = float(self._indexed.needed[adapter].num_bytes)
         self.base_s[replica] += sign * entry_s
         self.used_bytes[replica] += sign * num_bytes
         self.adapter_bytes[replica] += sign * num_bytes
         if sign > 0.0:
             self._present[replica][adapter] = None
+            self._rows.change(adapter, replica, 0.0, 0.0)
         else:
             del self._present[replica][adapter]
-        if adapter in self._rows:
-            self._rows[adapter][:, replica] = (0.0, 0.0) if sign > 0.0 else (entry_s, num_bytes)
-
-    def _row(self, adapter: int) -> Floats:
-        """[2, J] seconds and bytes of the adapter where no request there needs it, else 0."""
-        row = self._rows.get(adapter)
-        if row is None:
-            if 2 * self.num_replicas * len(self._rows) > MAX_CACHED:
-                self._rows.clear()
-            row = self._rows[adapter] = self._make_row(adapter)
-        return row
-
-    def _make_row(self, adapter: int) -> Floats:
-        needed = self._indexed.problem.adapters[self._indexed.names[adapter]]
-        row = np.empty((2, self.num_replicas))
-        row[0] = needed.share_s + needed.load_s
-        row[1] = needed.num_bytes
-        for j, seconds in self._indexed.held_s[adapter].items():
-            row[0, j] = needed.share_s + seconds
-        row[:, list(self._users[adapter])] = 0.0
-        return row
+            self._rows.change(adapter, replica, entry_s, num_bytes)
 
     def _refresh(self, request: int) -> None:
         j = self.at[request]
-        seconds = self.work_s[request] + (self.move_s[request] if j != self.home[request] else 0.0)
-        num_bytes = self.memory_bytes[request]
+        seconds = self._own_s(request, j)
+        num_bytes = float(self._columns.memory_bytes[request])
         for k in self._indexed.adapters_of[request]:
             if len(self._users[k][j]) == 1:
                 seconds += self._indexed.entry_s(k, j)
-                num_bytes += self._indexed.adapter_bytes[k]
+                num_bytes += self._indexed.needed[k].num_bytes
         self.out_s[request] = seconds
         self.out_bytes[request] = num_bytes
 
@@ -226,3 +192,62 @@ class Placement:
         if len(users) <= 2:
             for request in users:
                 self._refresh(request)
+
+
+class _Rows:
+    """[J] seconds and bytes of adapters where no request there needs them yet, else 0.
+
+    Made when they are first asked for; all are dropped when they have become too many.
+    """
+
+    def __init__(self, indexed: Indexed) -> None:
+        self._indexed = indexed
+        self._num_replicas = len(indexed.problem.replicas)
+        self._slot = np.full(len(indexed.needed) + 1, -1, dtype=np.int64)
+        self._most = max(64, MAX_CACHED // (2 * self._num_replicas))
+        self._grid: Floats = np.zeros((2, 64, self._num_replicas))
+        self._clear()
+
+    def sums(self, needed: Ints, users: list[dict[int, set[int]]]) -> tuple[Floats, Floats]:
+        """[N, J] seconds and bytes, each summed over the adapters `needed` [N, A]."""
+        missing = np.unique(needed[self._slot[needed] < 0])
+        if len(missing) and self._num_used + len(missing) > self._most:
+            self._clear()
+            missing = np.unique(needed[self._slot[needed] < 0])
+        self._reserve(self._num_used + len(missing))
+        for k in missing.tolist():
+            self._make(k, users[k])
+        slots = self._slot[needed]
+        if needed.shape[1] == 1:
+            return self._grid[0, slots[:, 0]], self._grid[1, slots[:, 0]]
+        return self._grid[0, slots].sum(axis=1), self._grid[1, slots].sum(axis=1)
+
+    def change(self, adapter: int, replica: int, seconds: float, num_bytes: float) -> None:
+        slot = self._slot[adapter]
+        if slot >= 0:
+            self._grid[0, slot, replica] = seconds
+            self._grid[1, slot, replica] = num_bytes
+
+    def _clear(self) -> None:
+        """Nothing but the row of no adapter, which is 0 everywhere."""
+        self._slot[:] = -1
+        self._slot[-1] = 0
+        self._num_used = 1
+        self._grid[:, 0] = 0.0
+
+    def _reserve(self, num_rows: int) -> None:
+        if num_rows > self._grid.shape[1]:
+            grid: Floats = np.zeros((2, 2 * num_rows, self._num_replicas))
+            grid[:, : self._num_used] = self._grid[:, : self._num_used]
+            self._grid = grid
+
+    def _make(self, adapter: int, users: dict[int, set[int]]) -> None:
+        needed = self._indexed.needed[adapter]
+        slot = self._slot[adapter] = self._num_used
+        self._num_used += 1
+        row = self._grid[:, slot]
+        row[0] = needed.share_s + needed.load_s
+        row[1] = needed.num_bytes
+        for j, seconds in self._indexed.held_s[adapter].items():
+            row[0, j] = needed.share_s + seconds
+        row[:, list(users)] = 0.0
