@@ -58,7 +58,7 @@ class Bound:
         return total_s + self._overflow_byte_s * over_bytes
 
     def _moves_s(self, makespan_s: float) -> float:
-        """Least seconds of moves that bring every replica to `makespan_s`, parts of them allowed."""
+        """Least seconds of moves that bring all replicas to `makespan_s`, parts of them allowed."""
         need_s = np.maximum(self._now_s - makespan_s, 0.0)
         if bool((need_s > self._leave_s * (1.0 + 1e-9)).any()):
             return np.inf
@@ -87,13 +87,13 @@ class Bound:
         A replica is rid of no more than a request's work, its part of its adapters, and its bytes
         if they overflow now.
         """
-        columns, num_replicas = self._columns, len(indexed.problem.replicas)
+        columns = self._columns
         users: dict[tuple[int, int], list[int]] = {}
         for i, adapters in enumerate(indexed.adapters_of):
             for k in adapters:
                 users.setdefault((k, indexed.home[i]), []).append(i)
-        now_s = np.bincount(columns.home, columns.work_s, num_replicas)
-        used = np.bincount(columns.home, columns.memory_bytes, num_replicas)
+        now_s = columns.sum_by_home(columns.work_s)
+        used = columns.sum_by_home(columns.memory_bytes)
         for k, j in users:
             now_s[j] += indexed.entry_s(k, j)
             used[j] += indexed.needed[k].num_bytes

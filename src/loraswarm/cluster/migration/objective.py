@@ -125,6 +125,11 @@ class Columns:
             pool_bytes=np.array([float(room.pool_bytes) for room in problem.replicas]),
         )
 
+    def sum_by_home(self, amounts: Floats) -> Floats:
+        """[J] what the requests on each replica now have together of `amounts` [N]."""
+        sums = np.bincount(self.home, amounts, minlength=len(self.pool_bytes))
+        return sums.astype(np.float64)
+
 
 def _held_s(problem: MigrationProblem, index: dict[str, int]) -> list[dict[int, float]]:
     held: list[dict[int, float]] = [{} for _ in index]

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loraswarm.cluster.migration.bound import Bound
 from loraswarm.cluster.migration.highs import Program
 from loraswarm.cluster.migration.objective import Found, Indexed, needed_on, solution_of
-from loraswarm.cluster.migration.problem import MigrationProblem, Move, Solution
+from loraswarm.cluster.migration.problem import MigrationProblem, Solution
 
 GIBIBYTE = 2**30
 
@@ -56,7 +56,7 @@ class DloraPairs:
     def solve(self, problem: MigrationProblem, time_limit_s: float = 60.0) -> Solution:
         """Raises ConfigError if HiGHS is not installed."""
         start_s = time.perf_counter()
-        indexed = Indexed.of(problem)
+        indexed = Indexed.of(_by_prefill(problem))
         assignment = list(indexed.home)
         pair = choose_pair(indexed, self.constants)
         if pair is not None:
@@ -65,8 +65,7 @@ class DloraPairs:
                 assignment[i] = j
         bound_s = Bound(indexed).objective_s
         seconds = time.perf_counter() - start_s
-        solution = solution_of(indexed, Found(assignment, bound_s, seconds))
-        return _all_by_prefill(solution)
+        return solution_of(indexed, Found(assignment, bound_s, seconds))
 
 
 def choose_pair(indexed: Indexed, constants: PairConstants) -> tuple[int, int] | None:
@@ -88,19 +87,10 @@ def choose_pair(indexed: Indexed, constants: PairConstants) -> tuple[int, int] |
     return (most, least) if counts[most] - mean >= constants.num_more else None
 
 
-def _all_by_prefill(solution: Solution) -> Solution:
-    """The artifact sends no K and V; what that costs more is not in `after`."""
-    moves = tuple(
-        Move(move.request_id, move.source, move.target, "prefill") for move in solution.moves
-    )
-    return Solution(
-        moves=moves,
-        adapter_loads=solution.adapter_loads,
-        before=solution.before,
-        after=solution.after,
-        lower_bound_s=solution.lower_bound_s,
-        seconds=solution.seconds,
-    )
+def _by_prefill(problem: MigrationProblem) -> MigrationProblem:
+    """The artifact sends no K and V."""
+    requests = (replace(each, kv_move_s=each.prefill_move_s) for each in problem.requests)
+    return replace(problem, requests=tuple(requests))
 
 
 class _PairModel:

@@ -31,8 +31,8 @@ class Placement:
         self.num_replicas = num_replicas
         self.at = list(indexed.home)
         self.members: list[dict[int, None]] = [{} for _ in range(num_replicas)]
-        self.base_s: Floats = np.bincount(columns.home, columns.work_s, num_replicas)
-        self.used_bytes: Floats = np.bincount(columns.home, columns.memory_bytes, num_replicas)
+        self.base_s: Floats = columns.sum_by_home(columns.work_s)
+        self.used_bytes: Floats = columns.sum_by_home(columns.memory_bytes)
         self.adapter_bytes: Floats = np.zeros(num_replicas)
         self.out_s: Floats = columns.work_s.copy()
         self.out_bytes: Floats = columns.memory_bytes.copy()
