@@ -101,7 +101,8 @@ def print_gaps(rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
     print(
-        "kind      count  proved  gap: mean   worst   to proof: mean   worst   HiGHS s  CPU ms: mean  worst"
+        "kind      count  proved  gap: mean   worst   to proof: mean   worst   HiGHS s"
+        "  CPU ms: mean  worst"
     )
     for name in [*(kind.name for kind in KINDS), "all"]:
         some = [row for row in rows if name in ("all", row["kind"])]

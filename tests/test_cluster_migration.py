@@ -144,6 +144,22 @@ def test_the_same_requests_move_where_it_gains():
     assert solution.gain_s > 0.8
 
 
+def test_two_requests_are_exchanged_where_giving_one_does_not_help():
+    """7 and 5 become 6 and 6, but for the moves; nothing is tried at random."""
+    works = {"r0": (4.0, 3.0), "r1": (3.0, 2.0)}
+    requests = [
+        request(f"{name}-{work_s:.0f}", name, work_s=work_s)
+        for name, some in works.items()
+        for work_s in some
+    ]
+    solution = Greedy(num_rounds=0).solve(problem(requests, [room("r0"), room("r1")]), LONG_S)
+    assert {(move.request_id, move.target) for move in solution.moves} == {
+        ("r0-4", "r1"),
+        ("r1-3", "r0"),
+    }
+    assert solution.after.loads_s == pytest.approx((6.1, 6.1))
+
+
 def test_memory_that_overflows_is_a_load():
     """Both have little work; what does not fit is computed again."""
     requests = [request(f"q{i}", "r0", memory_bytes=90, work_s=0.2) for i in range(2)]
