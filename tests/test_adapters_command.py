@@ -357,7 +357,7 @@ def test_of_a_hub_model_only_the_config_is_fetched_for_headers(
         asked.append(allow_patterns)
         return str(model)
 
-    monkeypatch.setattr("loraswarm.models.source.snapshot_download", download)
+    monkeypatch.setattr("loraswarm.models.hub.snapshot_download", download)
     save_random_adapter(tmp_path / "a", shape)
     for reads_weights in (False, True):
         options = CheckOptions(model="owner/name", reads_weights=reads_weights)

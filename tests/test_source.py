@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from loraswarm.errors import ConfigError
-from loraswarm.models import source
+from loraswarm.models import hub
 from loraswarm.models.source import eos_token_ids, read_config, resolve_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -36,7 +36,7 @@ def hub_error(kind: type[HfHubHTTPError], message: str = "no") -> HfHubHTTPError
 
 
 def test_a_directory_is_used_as_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(source, "snapshot_download", refuse_to_download)
+    monkeypatch.setattr(hub, "snapshot_download", refuse_to_download)
     assert resolve_model(str(tmp_path)) == tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
@@ -51,7 +51,7 @@ def test_a_tilde_means_the_home_directory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("model", ["/no/such", "./no", "../no", "~/no", "a/b/c", "no/", "a\\b"])
 def test_a_path_that_does_not_exist_never_asks_the_hub(model, monkeypatch):
-    monkeypatch.setattr(source, "snapshot_download", refuse_to_download)
+    monkeypatch.setattr(hub, "snapshot_download", refuse_to_download)
     with pytest.raises(ConfigError, match="no such directory"):
         resolve_model(model)
 
@@ -70,7 +70,7 @@ def test_a_hub_id_is_downloaded_without_files_we_do_not_read(model, tmp_path, mo
         asked[repo_id] = allow_patterns
         return str(tmp_path)
 
-    monkeypatch.setattr(source, "snapshot_download", download)
+    monkeypatch.setattr(hub, "snapshot_download", download)
     assert resolve_model(model) == tmp_path
     (patterns,) = asked.values()
     assert list(asked) == [model]
@@ -112,7 +112,7 @@ def test_a_hub_failure_is_one_line(error, message, monkeypatch):
     def fail(*args: object, **kwargs: object) -> str:
         raise error
 
-    monkeypatch.setattr(source, "snapshot_download", fail)
+    monkeypatch.setattr(hub, "snapshot_download", fail)
     with pytest.raises(ConfigError, match=message) as caught:
         resolve_model("owner/name")
     assert "'owner/name' is not a local directory" in str(caught.value)
