@@ -70,8 +70,10 @@ class MarginalCost:
         ids = list(view.replicas)
         if len(ids) <= MOST_COMPARED:
             return ids
-        found = dict.fromkeys(each for each in prefix.best_replicas() if each in view.replicas)
-        chosen = list(found)[:MAX_PREFIXED]
+        best = list(prefix.best_replicas())
+        if len(best) > MAX_PREFIXED:
+            best = [self._draw(best) for _ in range(MAX_PREFIXED)]
+        chosen = [each for each in best if each in view.replicas]
         for name in request.adapters:
             chosen += self._draw_holders(view.holders.get(name, set()), ids)
         num_drawn = max(MIN_DRAWN, NUM_CANDIDATES - len(chosen))

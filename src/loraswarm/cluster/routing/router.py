@@ -6,7 +6,7 @@ Called by the front and by the simulator.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,8 +20,8 @@ class KnownPrefix(Protocol):
         """Tokens of the prompt whose K and V that replica has in cached pages."""
         ...
 
-    def best_replicas(self) -> Iterable[str]:
-        """Replicas that have the most of it; none if nobody has any."""
+    def best_replicas(self) -> Sequence[str]:
+        """Replicas that have the most of it; none if nobody has any. Some may be gone."""
         ...
 
 
@@ -34,7 +34,7 @@ class PrefixTokens:
     def tokens_at(self, replica_id: str) -> int:
         return self.tokens.get(replica_id, 0)
 
-    def best_replicas(self) -> Iterable[str]:
+    def best_replicas(self) -> Sequence[str]:
         most = max(self.tokens.values(), default=0)
         return [each for each, tokens in self.tokens.items() if tokens == most] if most else []
 
