@@ -26,10 +26,12 @@ from loraswarm.core.admin import AdapterState, AdminCommand, AdminResult
 from loraswarm.core.client import AdapterSummary, EngineInfo, EngineStats
 from loraswarm.core.events import ErrorInfo, ReportedError, SequenceEvent
 from loraswarm.core.request import Request
+from loraswarm.core.snapshot import SequenceSnapshot
 from loraswarm.engine.messages import (
     Abort,
     AdaptersReply,
     Administer,
+    Adopt,
     AnswerReply,
     AskAdapters,
     AskStats,
@@ -37,12 +39,17 @@ from loraswarm.engine.messages import (
     Command,
     Events,
     Failed,
+    Freeze,
+    Frozen,
     Progress,
     Ready,
+    Release,
     Start,
     StatsReply,
     Stop,
     Submit,
+    Thaw,
+    Unfrozen,
     commands_address,
     decode_reply,
     encode,
@@ -75,7 +82,9 @@ class ChildEngineClient:
         self._replies = zmq.asyncio.Context(self._context).socket(zmq.PULL)
         self._replies.bind(replies_address(directory))
         self._info: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
-        self._queues: dict[str, asyncio.Queue[SequenceEvent]] = {}
+        self._queues: dict[str, asyncio.Queue[SequenceEvent | None]] = {}
+        self._frozen: list[asyncio.Future[SequenceSnapshot | None]] = []
+        self._unfrozen: list[asyncio.Future[bool]] = []
         self._stats: list[asyncio.Future[EngineStats]] = []
         self._states: list[asyncio.Future[tuple[AdapterState, ...]]] = []
         self._commands_open: dict[int, asyncio.Future[AdminResult]] = {}
@@ -132,26 +141,46 @@ class ChildEngineClient:
         """See `EngineClient`."""
         return MappingProxyType(self._adapters)
 
-    async def generate(self, request: Request) -> AsyncGenerator[SequenceEvent, None]:
-        """Submit and yield events until the terminal one; closing early aborts the request."""
-        if request.request_id in self._queues:
-            raise ValueError(f"request id {request.request_id!r} is already in use")
-        queue: asyncio.Queue[SequenceEvent] = asyncio.Queue()
-        self._queues[request.request_id] = queue
-        ended = False
+    def generate(self, request: Request) -> AsyncGenerator[SequenceEvent, None]:
+        """Submit and yield events until the terminal one; closing early aborts the request.
+
+        After `release` it ends without one.
+        """
+        return self._follow(request.request_id, Submit(request))
+
+    def adopt(self, snapshot: SequenceSnapshot) -> AsyncGenerator[SequenceEvent, None]:
+        """Go on with a request of another engine: as `generate`, for tokens behind the snapshot.
+
+        The first event says what has become of it: without tokens and finish_reason, it is in the
+        engine's queue; if it is refused, it is a terminal one with the error.
+        """
+        return self._follow(snapshot.request_id, Adopt(snapshot))
+
+    async def freeze(self, request_id: str, with_kv: bool) -> SequenceSnapshot | None:
+        """Hold a request until it is thawed, released or aborted; None if it is not open.
+
+        What the snapshot contains has been handed to the request's generator before. If the caller
+        stops waiting, the request is thawed. Raises EngineError if the engine is gone.
+        """
+        future: asyncio.Future[SequenceSnapshot | None] = self._future()
+        self._frozen.append(future)
+        self._send(Freeze(request_id, with_kv))
         try:
+            return await future
+        except asyncio.CancelledError:
             if self.is_alive:
-                self._send(Submit(request))
-            else:
-                queue.put_nowait(self._death_event(request.request_id))
-            while not ended:
-                event = await queue.get()
-                ended = event.finish_reason is not None
-                yield event
-        finally:
-            del self._queues[request.request_id]
-            if not ended and self.is_alive:
-                self._send(Abort(request.request_id))
+                self._unfreeze(Thaw(request_id)).cancel()  # nobody reads the answer
+            raise
+
+    async def thaw(self, request_id: str) -> bool:
+        """Go on with a frozen request; False if it was not frozen. Raises EngineError if the engine
+        is gone."""
+        return await self._unfreeze(Thaw(request_id))
+
+    async def release(self, request_id: str) -> bool:
+        """Forget a frozen request, and end its generator; False, and nothing done, if it was not
+        frozen. Raises EngineError if the engine is gone."""
+        return await self._unfreeze(Release(request_id))
 
     async def stats(self) -> EngineStats:
         """Counts at the engine's next free moment. Raises EngineError if it is gone."""
@@ -198,6 +227,36 @@ class ChildEngineClient:
             self._context.term()
             shutil.rmtree(self._directory, ignore_errors=True)
 
+    async def _follow(
+        self, request_id: str, command: Submit | Adopt
+    ) -> AsyncGenerator[SequenceEvent, None]:
+        """Send what opens a request and yield its events."""
+        if request_id in self._queues:
+            raise ValueError(f"request id {request_id!r} is already in use")
+        queue: asyncio.Queue[SequenceEvent | None] = asyncio.Queue()
+        self._queues[request_id] = queue
+        ended = False
+        try:
+            if self.is_alive:
+                self._send(command)
+            else:
+                queue.put_nowait(self._death_event(request_id))
+            while not ended and (event := await queue.get()) is not None:
+                ended = event.finish_reason is not None
+                yield event
+        finally:
+            is_ours = self._queues.get(request_id) is queue  # not if it was released
+            if is_ours:
+                del self._queues[request_id]
+            if is_ours and not ended and self.is_alive:
+                self._send(Abort(request_id))
+
+    def _unfreeze(self, command: Thaw | Release) -> asyncio.Future[bool]:
+        future: asyncio.Future[bool] = self._future()
+        self._unfrozen.append(future)
+        self._send(command)
+        return future
+
     def _future(self) -> asyncio.Future[Any]:
         if not self.is_alive:
             raise EngineError(self._death().message)
@@ -220,6 +279,10 @@ class ChildEngineClient:
                 _set(self._states.pop(0), reply.states)
             elif isinstance(reply, AnswerReply):
                 self._take_answer(reply)
+            elif isinstance(reply, Frozen):
+                _set(self._frozen.pop(0), reply.snapshot)
+            elif isinstance(reply, Unfrozen):
+                self._take_unfrozen(reply)
             elif isinstance(reply, CatalogChange):
                 for name in reply.removed:
                     self._adapters.pop(name, None)
@@ -232,6 +295,11 @@ class ChildEngineClient:
                 self._is_ready = True
             elif isinstance(reply, Failed):
                 self._failure = reply.error
+
+    def _take_unfrozen(self, reply: Unfrozen) -> None:
+        _set(self._unfrozen.pop(0), reply.was_frozen)
+        if reply.is_gone and (queue := self._queues.pop(reply.request_id, None)):
+            queue.put_nowait(None)
 
     def _take_answer(self, reply: AnswerReply) -> None:
         future = self._commands_open.pop(reply.command_id)
@@ -257,6 +325,7 @@ class ChildEngineClient:
         for request_id, queue in self._queues.items():
             queue.put_nowait(self._death_event(request_id))
         waiting: list[asyncio.Future[Any]] = [*self._stats, *self._states]
+        waiting += [*self._frozen, *self._unfrozen]
         for future in [*waiting, *self._commands_open.values()]:
             if not future.done():
                 future.set_exception(EngineError(self._death().message))
