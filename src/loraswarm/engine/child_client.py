@@ -1,7 +1,8 @@
-"""The server's side of an engine that runs in a child process.
+"""The server's side of an engine that runs in a process of its own.
 
-Starts the process, sends commands, hands each request its events, and notices when the process
-dies: every open request then gets a terminal error event. Implements core.client.EngineClient.
+Sends commands, hands each request its events, and notices when the process dies: every open request
+then gets a terminal error event. Implements core.client.EngineClient; where the process is, and how
+bytes get there, is its EngineTransport's.
 """
 
 from __future__ import annotations
@@ -9,17 +10,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
-import shutil
-import sys
-import tempfile
 from collections.abc import AsyncGenerator, Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-
-import zmq
-import zmq.asyncio
 
 from loraswarm.config import EngineConfig
 from loraswarm.core.admin import AdapterState, AdminCommand, AdminResult
@@ -27,6 +20,7 @@ from loraswarm.core.client import AdapterSummary, EngineInfo, EngineStats
 from loraswarm.core.events import ErrorInfo, ReportedError, SequenceEvent
 from loraswarm.core.request import Request
 from loraswarm.core.snapshot import SequenceSnapshot
+from loraswarm.engine.engine_process import EngineProcess, EngineTransport
 from loraswarm.engine.messages import (
     Abort,
     AdaptersReply,
@@ -50,18 +44,11 @@ from loraswarm.engine.messages import (
     Submit,
     Thaw,
     Unfrozen,
-    commands_address,
     decode_reply,
     encode,
-    replies_address,
 )
 from loraswarm.errors import ConfigError, EngineError, LoRASwarmError
 
-# What the engine's libraries read once, at their start; the user's own settings win.
-# GOMP_SPINCOUNT: how long idle threads spin before they sleep. By default so long that a step takes
-# many times longer as soon as another process, such as the server, uses a core.
-# THP_MEM_ALLOC_ENABLE: torch asks for huge pages; weights and page pool are read with fewer misses.
-ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "THP_MEM_ALLOC_ENABLE": "1"}
 STOP_TIMEOUT_S = 10.0
 LAST_REPLIES_S = 0.1  # what the process sent last may still be in the socket
 Report = Callable[[str], None]
@@ -71,16 +58,8 @@ log = logging.getLogger(__name__)
 class ChildEngineClient:
     """One engine process; made by `start`, ended by `close` or by the process's death."""
 
-    def __init__(self, directory: Path, process: asyncio.subprocess.Process) -> None:
-        self._directory = directory
+    def __init__(self, process: EngineTransport) -> None:
         self._process = process
-        self._context = zmq.Context()
-        self._commands = self._context.socket(zmq.PUSH)
-        self._commands.setsockopt(zmq.SNDHWM, 0)
-        self._commands.setsockopt(zmq.LINGER, 0)
-        self._commands.connect(commands_address(directory))
-        self._replies = zmq.asyncio.Context(self._context).socket(zmq.PULL)
-        self._replies.bind(replies_address(directory))
         self._info: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
         self._queues: dict[str, asyncio.Queue[SequenceEvent | None]] = {}
         self._frozen: list[asyncio.Future[SequenceSnapshot | None]] = []
@@ -94,27 +73,25 @@ class ChildEngineClient:
         self._failure: ErrorInfo | None = None
         self._report: Report = log.info
         self._is_ready = False
+        self._ended = asyncio.create_task(self._process.wait())
         self._reader = asyncio.create_task(self._read())
         self._watcher = asyncio.create_task(self._watch())
 
     @classmethod
     async def start(cls, config: EngineConfig, report: Report = log.info) -> ChildEngineClient:
-        """Start the process and wait until it serves; `report` gets its start-up lines.
+        """Start a child process and wait until it serves; `report` gets its start-up lines.
 
         Raises   ConfigError or EngineError if it could not start.
         """
-        directory = Path(tempfile.mkdtemp(prefix="loraswarm-"))
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",
-            "-m",
-            "loraswarm.engine.child",
-            str(directory),
-            stdin=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            env=ENGINE_ENVIRONMENT | os.environ,
-        )
-        client = cls(directory, process)
+        return await cls.start_over(await EngineProcess.start(), config, report)
+
+    @classmethod
+    async def start_over(
+        cls, process: EngineTransport, config: EngineConfig, report: Report = log.info
+    ) -> ChildEngineClient:
+        """As `start`, of an engine process that waits for its first command. It is closed by this,
+        also if it does not start."""
+        client = cls(process)
         client._report = report
         client._send(Start(config))
         try:
@@ -214,18 +191,18 @@ class ChildEngineClient:
         elif self._process.returncode is None:
             self._send(Stop())
             try:
-                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+                await asyncio.wait_for(asyncio.shield(self._ended), STOP_TIMEOUT_S)
             except TimeoutError:
                 log.warning("engine pid=%d did not stop; killing it", self._process.pid)
                 self._process.kill()
         await self._closed.wait()
         self._reader.cancel()
         await asyncio.gather(self._reader, self._watcher, return_exceptions=True)
-        if not self._context.closed:
-            self._replies.close(linger=0)
-            self._commands.close(linger=0)
-            self._context.term()
-            shutil.rmtree(self._directory, ignore_errors=True)
+        await self._process.close()
+
+    def kill(self) -> None:
+        """End the process at once; open requests get a terminal error event."""
+        self._process.kill()
 
     async def _follow(
         self, request_id: str, command: Submit | Adopt
@@ -263,12 +240,12 @@ class ChildEngineClient:
         return asyncio.get_running_loop().create_future()
 
     def _send(self, command: Command) -> None:
-        self._commands.send(encode(command), zmq.NOBLOCK)
+        self._process.send(encode(command))
 
     async def _read(self) -> None:
         """Hand every reply to whom it concerns."""
         while True:
-            reply = decode_reply(await self._replies.recv())
+            reply = decode_reply(await self._process.receive())
             if isinstance(reply, Events):
                 for event in reply.events:
                     if queue := self._queues.get(event.request_id):
@@ -310,15 +287,13 @@ class ChildEngineClient:
 
     async def _watch(self) -> None:
         """When the process ends, or cannot be understood, end everything that waits for it."""
-        ended = asyncio.create_task(self._process.wait())
+        ended = self._ended
         await asyncio.wait({ended, self._reader}, return_when=asyncio.FIRST_COMPLETED)
         if not ended.done():
             log.error("engine pid=%d cannot be read: %r", self.pid, self._reader.exception())
             self._process.kill()
         await ended
         await asyncio.sleep(LAST_REPLIES_S)
-        if self._process.stdin is not None:
-            self._process.stdin.close()
         self._closed.set()
         if not self._info.done():
             self._info.set_exception(self._start_error())
