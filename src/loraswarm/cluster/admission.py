@@ -7,13 +7,14 @@ no replica, those behind it do not either. Used by the front's streams.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from loraswarm.cluster.fleet import Fleet
 from loraswarm.cluster.open_requests import OpenRequest, OpenRequests
 from loraswarm.cluster.replicas import Replica
 from loraswarm.cluster.view import ClusterView, ReplicaView, RoutedRequest
+from loraswarm.core.request import Request
 from loraswarm.errors import EngineError, Overloaded
 
 
@@ -25,17 +26,21 @@ class Router(Protocol):
         ...
 
 
+Choose = Callable[[Request], Callable[[RoutedRequest, ClusterView], str | None]]
+"""A router's decision for one request, whose prompt may be looked up first."""
+
+
 class Admission:
     """Gives each request that has no replica one."""
 
     def __init__(
-        self, fleet: Fleet, requests: OpenRequests, view: ClusterView, router: Router, wait_s: float
+        self, fleet: Fleet, requests: OpenRequests, view: ClusterView, choose: Choose, wait_s: float
     ) -> None:
         """`wait_s` is how long requests wait while no replica serves at all."""
         self._fleet = fleet
         self._requests = requests
         self._view = view
-        self._router = router
+        self._choose = choose
         self._wait_s = wait_s
         self._line = asyncio.Lock()
 
@@ -61,7 +66,9 @@ class Admission:
         if self._fleet.is_closed:
             return None
         routed = self._requests.routed(held)
-        while (replica_id := self._router.route(routed, self._view)) is not None:
+        self._view.now_s = asyncio.get_running_loop().time()
+        route = self._choose(held.request)
+        while (replica_id := route(routed, self._view)) is not None:
             replica = self._serving_all(routed, replica_id)
             if replica.is_alive:
                 self._requests.place(held, routed, replica.replica_id)

@@ -44,6 +44,10 @@ class Upkeep(Protocol):
         """Does it have requests, so that it must answer?"""
         ...
 
+    def note_members(self) -> None:
+        """A replica has come or gone."""
+        ...
+
     async def prepare(self, replica: Replica) -> None:
         """Before it serves: what it must be told first."""
         ...
@@ -179,6 +183,7 @@ class Fleet:
         self.replicas[replica.replica_id] = replica
         self._view.replicas[replica.replica_id] = ReplicaView(replica.replica_id, replica.limits)
         self._num_failures = 0
+        self._upkeep.note_members()
         self._spawn(self._watch(replica))
         self._spawn(self._ping(replica))
         log.info("replica=%s serving num_replicas=%d", replica.replica_id, len(self.replicas))
@@ -190,6 +195,7 @@ class Fleet:
         replica_id = replica.replica_id
         del self.replicas[replica_id]
         self._view.remove_replica(replica_id)
+        self._upkeep.note_members()
         is_expected = replica_id in self._leaving or self._is_closed
         self._leaving.discard(replica_id)
         level = logging.INFO if is_expected else logging.ERROR

@@ -7,9 +7,10 @@ administration, moving. Knows no transport; which replica gets a request is the 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import random
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -27,7 +28,7 @@ from loraswarm.cluster.moving import MoveFailed, Mover
 from loraswarm.cluster.open_requests import OpenRequests
 from loraswarm.cluster.replicas import Replica, StartReplica
 from loraswarm.cluster.streams import Streams
-from loraswarm.cluster.view import ClusterView
+from loraswarm.cluster.view import ClusterView, RoutedRequest
 from loraswarm.core.admin import AdapterState, AdminCommand, AdminResult
 from loraswarm.core.client import AdapterSummary, EngineInfo, EngineStats
 from loraswarm.core.events import SequenceEvent
@@ -63,7 +64,7 @@ class ClusterClient:
         self._options = options
         self._administration = Administration(self.fleet.replicas)
         self._adapters = MergedAdapters(self.fleet.replicas)
-        admission = Admission(self.fleet, self.requests, view, router, options.wait_s)
+        admission = Admission(self.fleet, self.requests, view, self._choose, options.wait_s)
         self._streams = Streams(self.fleet, self.requests, admission)
         self._last_stats: dict[str, EngineStats] = {}
         self._past = NOTHING
@@ -72,11 +73,10 @@ class ClusterClient:
     async def open(self) -> None:
         """Start the replicas and wait until all serve. Raises ConfigError or EngineError."""
         await self.fleet.open(self._options.num_replicas)
-        self._info = next(iter(self.fleet.replicas.values())).info
 
     @property
     def info(self) -> EngineInfo:
-        """Of the first replica; all have the same base and options."""
+        """As of any replica, for all have the same base and options; memory is that of all."""
         assert self._info is not None, "not opened yet"
         return self._info
 
@@ -150,6 +150,16 @@ class ClusterClient:
     async def close(self) -> None:
         await self.fleet.close()
 
+    def note_members(self) -> None:
+        """See fleet.Upkeep."""
+        found = [replica.info for replica in self.fleet.replicas.values()]
+        if found:
+            self._info = dataclasses.replace(
+                found[0],
+                num_pages=sum(info.num_pages for info in found),
+                host_cache_bytes=sum(info.host_cache_bytes for info in found),
+            )
+
     def is_busy(self, replica_id: str) -> bool:
         """See fleet.Upkeep."""
         replica = self.view.replicas.get(replica_id)
@@ -158,6 +168,10 @@ class ClusterClient:
     async def prepare(self, replica: Replica) -> None:
         """See fleet.Upkeep."""
         await self._administration.prepare(replica)
+
+    def _choose(self, request: Request) -> Callable[[RoutedRequest, ClusterView], str | None]:
+        """The router's decision for one request."""
+        return self._router.route
 
     async def evacuate(self, replica_id: str) -> None:
         """See fleet.Upkeep. What cannot be moved ends there."""
