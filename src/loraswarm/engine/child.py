@@ -42,12 +42,14 @@ from loraswarm.engine.messages import (
     Ready,
     Release,
     Reply,
+    Reported,
     Start,
     StatsReply,
     Stop,
     Submit,
     Thaw,
     Unfrozen,
+    WatchResidency,
     commands_address,
     decode_command,
     encode,
@@ -122,6 +124,8 @@ class ChildEngine:
                 self._send_catalog(engine)
                 self._send(AnswerReply.of(answer.command_id, answer.result))
             self._send_catalog(engine)
+            if report := engine.reports.take(is_idle=_idle_s(engine) != 0.0):
+                self._send(Reported(report))
 
     def _handle(self, engine: Engine, command: Command) -> None:
         if isinstance(command, Submit):
@@ -140,6 +144,8 @@ class ChildEngine:
             engine.begin_command(command.command_id, command.command())
         elif isinstance(command, Move):
             self._move(engine, command)
+        elif isinstance(command, WatchResidency):
+            engine.reports.watch()
         elif isinstance(command, Stop):
             self._send(Events(engine.abort_all()))
             raise ParentGone

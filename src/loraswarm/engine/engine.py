@@ -27,6 +27,7 @@ from loraswarm.engine.migration import Migration
 from loraswarm.engine.parts import EngineParts
 from loraswarm.engine.policies.merging import MergePolicy
 from loraswarm.engine.reception import Reception
+from loraswarm.engine.reports import ResidencyReports
 from loraswarm.engine.sequence_maker import SequenceMaker
 from loraswarm.engine.states import AdapterStates
 from loraswarm.engine.step import Step
@@ -73,6 +74,7 @@ class Engine:
         self._states = AdapterStates(
             parts.catalog, parts.residency, parts.memory, parts.scheduler, self._arrivals
         )
+        self.reports = ResidencyReports(parts.catalog, parts.residency, parts.memory, parts.host)
         self._administration = Administration(
             parts.catalog, parts.residency, parts.memory, parts.loader, self._states
         )
@@ -268,6 +270,7 @@ class Engine:
         """Rows of the catalog that are new or other than before, and names that are gone."""
         changed, removed = self._catalog.take_changes()
         self._states.forget(removed)
+        self.reports.note_names((*changed, *removed))
         return changed, removed
 
     def adapters(self) -> tuple[AdapterSummary, ...]:

@@ -14,6 +14,7 @@ from loraswarm.core.admin import AdapterState, AdminCommand, AdminResult, ScanRe
 from loraswarm.core.client import AdapterSummary, EngineInfo, EngineStats
 from loraswarm.core.events import ErrorInfo, SequenceEvent
 from loraswarm.core.request import Request
+from loraswarm.core.residency_report import ResidencyReport
 from loraswarm.core.snapshot import SequenceSnapshot
 
 
@@ -80,6 +81,10 @@ class Administer(msgspec.Struct, frozen=True, tag="administer"):
         """What was asked for."""
         command: AdminCommand = ADMIN_COMMANDS[self.kind](**self.arguments)
         return command
+
+
+class WatchResidency(msgspec.Struct, frozen=True, tag="watch_residency"):
+    """Report adapters and prefixes from now on: a full `Reported`, then one after changes."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
@@ -152,12 +157,28 @@ class CatalogChange(msgspec.Struct, frozen=True, tag="catalog"):
     removed: tuple[str, ...] = ()
 
 
+class Reported(msgspec.Struct, frozen=True, tag="reported"):
+    report: ResidencyReport
+
+
 ADMIN_COMMANDS = {kind.__name__: kind for kind in get_args(AdminCommand)}
 Move = Freeze | Thaw | Release | Adopt
-Command = Start | Submit | Abort | AskStats | AskAdapters | Administer | Stop | Move
+Command = (
+    Start | Submit | Abort | Move | AskStats | AskAdapters | Administer | WatchResidency | Stop
+)
 Reply = (
-    Progress | Ready | Failed | Events | StatsReply | AdaptersReply | AnswerReply | CatalogChange
-) | (Frozen | Unfrozen)
+    Progress
+    | Ready
+    | Failed
+    | Events
+    | StatsReply
+    | AdaptersReply
+    | AnswerReply
+    | CatalogChange
+    | Frozen
+    | Unfrozen
+    | Reported
+)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command: Callable[[bytes], Command] = msgspec.msgpack.Decoder(Command).decode
