@@ -12,23 +12,14 @@ from cost_cases import figures
 from fake_replica import POISON, FakeReplica
 from loraswarm.cluster.fleet import FleetLimits
 from loraswarm.cluster.front import ClusterClient, FrontOptions
-from loraswarm.cluster.view import ClusterView, RoutedRequest
+from loraswarm.cluster.routing import make_router
+from loraswarm.cluster.view import ClusterView
 from loraswarm.core.client import AdapterSummary
 from loraswarm.core.events import SequenceEvent
 from loraswarm.core.request import Request, SamplingParams
 
 SEEDED = SamplingParams(max_tokens=12, temperature=1.0, seed=5)
 ADAPTERS = ("a", "b")
-
-
-class LeastLoaded:
-    """Where the fewest requests are; the first of those."""
-
-    def route(self, request: RoutedRequest, view: ClusterView) -> str | None:
-        accepting = [replica for replica in view.replicas.values() if replica.accepts]
-        if not accepting:
-            return None
-        return min(accepting, key=lambda replica: replica.num_requests).replica_id
 
 
 @dataclass
@@ -71,7 +62,7 @@ async def cluster(
     options = FrontOptions(
         num_replicas=num_replicas, seed=0, wait_s=wait_s, fleet=FleetLimits(**limits)
     )
-    client = ClusterClient(starter, LeastLoaded(), empty_view(), options)
+    client = ClusterClient(starter, make_router("least-loaded"), empty_view(), options)
     await client.open()
     try:
         yield client

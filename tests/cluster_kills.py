@@ -11,12 +11,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster_factory import LeastLoaded, assert_one_end, collect, empty_view, tokens_of
+from cluster_factory import assert_one_end, collect, empty_view, tokens_of
 from engine_factory import make_engine, prompt_of, run_tokens
 from loraswarm.cluster.fleet import FleetLimits
 from loraswarm.cluster.front import ClusterClient, FrontOptions
 from loraswarm.cluster.local_replicas import local_starter
 from loraswarm.cluster.replicas import EngineReplica
+from loraswarm.cluster.routing import make_router
 from loraswarm.config import EngineConfig
 from loraswarm.core.client import EngineStats
 from loraswarm.core.request import Request, SamplingParams
@@ -44,7 +45,7 @@ async def local_cluster(config: EngineConfig, num_replicas: int, **limits: float
     """A front over so many engine processes."""
     options = FrontOptions(num_replicas=num_replicas, seed=0, fleet=FleetLimits(**limits))
     client = ClusterClient(
-        local_starter(config, lambda _: None), LeastLoaded(), empty_view(), options
+        local_starter(config, lambda _: None), make_router("least-loaded"), empty_view(), options
     )
     await client.open()
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,6 +18,7 @@ from loraswarm.core.admin import AdapterState, AdminCommand, AdminResult, LoadAd
 from loraswarm.core.client import AdapterSummary, EngineInfo, EngineStats
 from loraswarm.core.events import ErrorInfo, SequenceEvent, TokenLogprob
 from loraswarm.core.request import Request
+from loraswarm.core.residency_report import ResidencyReport
 from loraswarm.core.snapshot import KVPages, SequenceSnapshot
 from loraswarm.errors import EngineError, InvalidRequest, LoRASwarmError, UnknownAdapter
 
@@ -69,6 +70,7 @@ class FakeReplica:
     running: dict[str, Running] = field(default_factory=dict)
     commands: list[AdminCommand] = field(default_factory=list)
     num_generated: int = 0
+    num_watches: int = 0
     adopted: list[SequenceSnapshot] = field(default_factory=list)
     limits: ReplicaLimits = LIMITS
 
@@ -99,6 +101,10 @@ class FakeReplica:
     @property
     def num_frozen(self) -> int:
         return sum(not one.gate.is_set() for one in self.running.values())
+
+    def watch_residency(self, on_report: Callable[[ResidencyReport], None]) -> None:
+        self.on_report = on_report
+        self.num_watches += 1
 
     def hang(self) -> None:
         """Answer nothing any more."""

@@ -10,7 +10,8 @@ from typing import Literal
 
 from cluster_factory import Starter, assert_one_end, cluster, collect, request, tokens_of, until
 from fake_replica import answer_of
-from loraswarm.cluster.controller import Controller, Duties, Scaling
+from loraswarm.cluster.controller import Controller, Duties
+from loraswarm.cluster.scaling import Drain, Reopen, Start
 from loraswarm.core.admin import PrefetchAdapter
 from virtual_time import run_virtually
 
@@ -105,25 +106,40 @@ def test_prefetches_go_to_their_replicas_and_those_that_fail_are_not_errors():
     asyncio.run(main())
 
 
-def test_the_number_of_replicas_follows_the_load_between_its_limits():
-    wanted = 9
+class Script:
+    """Answers given actions, one a time."""
 
+    def __init__(self, *actions):
+        self.actions = list(actions)
+        self.asked = []
+
+    def decide(self, view, draining=(), num_starting=0):
+        self.asked.append((sorted(draining), num_starting))
+        return self.actions.pop(0) if self.actions else None
+
+
+def test_replicas_are_started_drained_and_reopened_without_a_request_lost():
     async def main():
-        nonlocal wanted
-        starter = Starter({"step_s": 0.1})
+        starter = Starter({"step_s": 0.5}, start_s=3)
         async with cluster(starter, num_replicas=1) as client:
-            scaling = Scaling(min_replicas=1, max_replicas=3, decide=lambda view: wanted)
-            controller = Controller(client, Duties(scaling=scaling, scaling_every_s=1))
+            scaler = Script(Start(2))
+            controller = Controller(client, Duties(scaling=scaler, scaling_every_s=1))
             controller.start()
             await until(lambda: len(client.fleet.replicas) == 3)
+            assert ([], 2) in scaler.asked
             tasks = [asyncio.create_task(collect(client, request(f"r{i}"))) for i in range(6)]
-            wanted = 0
-            await until(lambda: len(client.fleet.replicas) == 1)
+            await asyncio.sleep(0)
+            for replica in starter.started[1:]:
+                replica.faults["freeze", "before"] = "error"
+            scaler.actions = [Drain("r1"), Reopen("r1"), Drain("r2")]
+            await until(lambda: "r2" not in client.fleet.replicas)
+            assert (["r1"], 0) in scaler.asked
             for i, events in enumerate(await asyncio.gather(*tasks)):
                 assert tokens_of(events) == answer_of(request(f"r{i}"))
                 assert_one_end(events)
             await asyncio.sleep(10)
-            assert len(client.fleet.replicas) == 1
+            assert sorted(client.fleet.replicas) == ["r0", "r1"]
+            assert client.view.replicas["r1"].accepts
             assert len(starter.started) == 3
             await controller.close()
 

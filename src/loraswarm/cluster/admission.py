@@ -1,6 +1,6 @@
 """Which replica a request goes to next, and the line of those that must wait for one.
 
-Asks a Router; knows when to ask again. First come, first served: while the head of the line finds
+Asks a router; knows when to ask again. First come, first served: while the head of the line finds
 no replica, those behind it do not either. Used by the front's streams.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 from loraswarm.cluster.fleet import Fleet
 from loraswarm.cluster.open_requests import OpenRequest, OpenRequests
@@ -17,17 +16,9 @@ from loraswarm.cluster.view import ClusterView, ReplicaView, RoutedRequest
 from loraswarm.core.request import Request
 from loraswarm.errors import EngineError, Overloaded
 
-
-class Router(Protocol):
-    """A pure decision; see cluster/routing."""
-
-    def route(self, request: RoutedRequest, view: ClusterView) -> str | None:
-        """The replica that should have it, one that accepts; None to let it wait."""
-        ...
-
-
 Choose = Callable[[Request], Callable[[RoutedRequest, ClusterView], str | None]]
-"""A router's decision for one request, whose prompt may be looked up first."""
+"""A router's decision for one request, whose prompt may be looked up first: the replica that should
+have it, one that accepts; None to let it wait."""
 
 
 class Admission:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
 from loraswarm.cluster.front import ClusterClient
 from loraswarm.cluster.moving import MoveFailed
+from loraswarm.cluster.scaling import Action, Drain, Reopen, Start
 from loraswarm.cluster.view import ClusterView
 from loraswarm.core.admin import PrefetchAdapter
 from loraswarm.errors import LoRASwarmError
@@ -51,17 +52,14 @@ Solve = Callable[[], T]
 """Runs on a thread of its own; must not look at the view, which changes meanwhile."""
 PlanMoves = Callable[[ClusterView], Solve[Sequence[PlannedMove]] | None]
 PlanPrefetches = Callable[[ClusterView], Solve[Sequence[PlannedPrefetch]] | None]
-DecideReplicas = Callable[[ClusterView], int]
-"""How many replicas the load wants."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scaling:
-    """How far the number of replicas may go, and who says how many there should be."""
+class Scaler(Protocol):
+    """Decides how many replicas there should be; see cluster/scaling."""
 
-    min_replicas: int
-    max_replicas: int
-    decide: DecideReplicas
+    def decide(
+        self, view: ClusterView, draining: Collection[str] = (), num_starting: int = 0
+    ) -> Action | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +70,8 @@ class Duties:
     moves_every_s: float = 1.0
     prefetches: PlanPrefetches | None = None
     prefetches_every_s: float = 5.0
-    scaling: Scaling | None = None
-    scaling_every_s: float = 5.0
+    scaling: Scaler | None = None
+    scaling_every_s: float = 2.0
 
 
 class Controller:
@@ -83,6 +81,7 @@ class Controller:
         self._client = client
         self._duties = duties
         self._tasks: list[asyncio.Task[None]] = []
+        self._removals: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Begin, in the running event loop."""
@@ -92,15 +91,16 @@ class Controller:
             loops.append(("moves", duties.moves_every_s, lambda: self.move(plan_moves)))
         if (plan := duties.prefetches) is not None:
             loops.append(("prefetches", duties.prefetches_every_s, lambda: self.prefetch(plan)))
-        if (scaling := duties.scaling) is not None:
-            loops.append(("scaling", duties.scaling_every_s, lambda: self.scale(scaling)))
+        if (scaler := duties.scaling) is not None:
+            loops.append(("scaling", duties.scaling_every_s, lambda: self.scale(scaler)))
         self._tasks = [asyncio.create_task(_repeat(*loop)) for loop in loops]
 
     async def close(self) -> None:
         """Stop; what was begun of a move is brought to its end."""
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._removals]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def move(self, plan: PlanMoves) -> None:
         """Solve once, if load is unbalanced, and move what that says."""
@@ -120,20 +120,26 @@ class Controller:
         wanted = await asyncio.to_thread(solve)
         await asyncio.gather(*(self._try_prefetch(one) for one in wanted))
 
-    async def scale(self, scaling: Scaling) -> None:
-        """Add replicas at once; remove one at a time, the one with the fewest requests."""
-        fleet = self._client.fleet
-        wanted = scaling.decide(self._client.view)
-        wanted = min(max(wanted, scaling.min_replicas), scaling.max_replicas)
-        if wanted > fleet.wanted:
-            log.info("scaling num_replicas=%d from=%d", wanted, fleet.wanted)
-            fleet.resize(wanted)
-        elif wanted < fleet.wanted and not fleet.num_starting and not fleet.leaving:
-            log.info("scaling num_replicas=%d from=%d", fleet.wanted - 1, fleet.wanted)
-            serving = [one for one in self._client.view.replicas.values() if one.accepts]
-            if serving:
-                least = min(serving, key=lambda replica: replica.num_requests)
-                await fleet.remove(least.replica_id)
+    async def scale(self, scaler: Scaler) -> None:
+        """Ask once, and begin what that says: starts and removals take their time."""
+        fleet, view = self._client.fleet, self._client.view
+        view.now_s = asyncio.get_running_loop().time()
+        action = scaler.decide(view, fleet.leaving, fleet.num_starting)
+        if action is not None:
+            log.info("scaling num_replicas=%d %s", len(view.replicas), action)
+        if isinstance(action, Start):
+            fleet.resize(fleet.wanted + action.num_replicas)
+        elif isinstance(action, Reopen):
+            fleet.reopen(action.replica_id)
+        elif isinstance(action, Drain):
+            removal = asyncio.create_task(fleet.remove(action.replica_id))
+            self._removals.add(removal)
+            removal.add_done_callback(self._note_removal)
+
+    def _note_removal(self, removal: asyncio.Task[None]) -> None:
+        self._removals.discard(removal)
+        if not removal.cancelled() and (error := removal.exception()):
+            log.warning("removal failed: %s", error)
 
     async def _try_move(self, move: PlannedMove) -> bool:
         try:

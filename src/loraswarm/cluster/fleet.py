@@ -44,8 +44,12 @@ class Upkeep(Protocol):
         """Does it have requests, so that it must answer?"""
         ...
 
-    def note_members(self) -> None:
-        """A replica has come or gone."""
+    def note_arrival(self, replica: Replica) -> None:
+        """It serves from now on."""
+        ...
+
+    def note_departure(self, replica_id: str) -> None:
+        """It is gone."""
         ...
 
     async def prepare(self, replica: Replica) -> None:
@@ -135,12 +139,22 @@ class Fleet:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._limits.drain_s):
                 await self._upkeep.evacuate(replica_id)
-                while replica_id in self.replicas and self._upkeep.is_busy(replica_id):
+                while replica_id in self._leaving and self._upkeep.is_busy(replica_id):
                     await self.news.wait()
+        if replica_id not in self._leaving:
+            return  # it was reopened, or has died
         if replica := self.replicas.get(replica_id):
             await replica.close()
         while replica_id in self.replicas:
             await self.news.wait()
+
+    def reopen(self, replica_id: str) -> None:
+        """Keep one that is being drained; nothing happens if it is not, or no more."""
+        if replica_id in self._leaving and replica_id in self.replicas:
+            self._leaving.discard(replica_id)
+            self.wanted += 1
+            self._view.replicas[replica_id].accepts = True
+            self.news.tell()
 
     def kill(self, replica_id: str) -> None:
         """It does not do what it must: end it at once, and let another take its place."""
@@ -183,7 +197,7 @@ class Fleet:
         self.replicas[replica.replica_id] = replica
         self._view.replicas[replica.replica_id] = ReplicaView(replica.replica_id, replica.limits)
         self._num_failures = 0
-        self._upkeep.note_members()
+        self._upkeep.note_arrival(replica)
         self._spawn(self._watch(replica))
         self._spawn(self._ping(replica))
         log.info("replica=%s serving num_replicas=%d", replica.replica_id, len(self.replicas))
@@ -195,7 +209,7 @@ class Fleet:
         replica_id = replica.replica_id
         del self.replicas[replica_id]
         self._view.remove_replica(replica_id)
-        self._upkeep.note_members()
+        self._upkeep.note_departure(replica_id)
         is_expected = replica_id in self._leaving or self._is_closed
         self._leaving.discard(replica_id)
         level = logging.INFO if is_expected else logging.ERROR

@@ -13,9 +13,10 @@ import random
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 
 from loraswarm.cluster.administration import Administration
-from loraswarm.cluster.admission import Admission, Router
+from loraswarm.cluster.admission import Admission
 from loraswarm.cluster.fleet import Fleet, FleetLimits
 from loraswarm.cluster.merged import (
     NOTHING,
@@ -26,13 +27,18 @@ from loraswarm.cluster.merged import (
 )
 from loraswarm.cluster.moving import MoveFailed, Mover
 from loraswarm.cluster.open_requests import OpenRequests
+from loraswarm.cluster.placement.forecast import LoadForecast
+from loraswarm.cluster.prefixes import PrefixIndex
 from loraswarm.cluster.replicas import Replica, StartReplica
+from loraswarm.cluster.residency import ResidencyBook
+from loraswarm.cluster.routing import Router
 from loraswarm.cluster.streams import Streams
 from loraswarm.cluster.view import ClusterView, RoutedRequest
 from loraswarm.core.admin import AdapterState, AdminCommand, AdminResult
 from loraswarm.core.client import AdapterSummary, EngineInfo, EngineStats
 from loraswarm.core.events import SequenceEvent
 from loraswarm.core.request import Request
+from loraswarm.core.residency_report import ResidencyReport
 from loraswarm.errors import EngineError, LoRASwarmError
 
 log = logging.getLogger(__name__)
@@ -55,7 +61,8 @@ class ClusterClient:
     def __init__(
         self, start: StartReplica, router: Router, view: ClusterView, options: FrontOptions
     ) -> None:
-        """`view` is kept true from here on; its costs and the adapters' bytes are the caller's."""
+        """Within an event loop. `view` is kept true from here on; its costs and the adapters' bytes
+        are the caller's."""
         self.view = view
         self.fleet = Fleet(start, view, self, options.fleet)
         self.requests = OpenRequests(view, random.Random(options.seed))
@@ -69,6 +76,9 @@ class ClusterClient:
         self._last_stats: dict[str, EngineStats] = {}
         self._past = NOTHING
         self._info: EngineInfo | None = None
+        self._prefixes: PrefixIndex | None = None
+        self._residency: ResidencyBook | None = None
+        self.forecast = LoadForecast(now_s=asyncio.get_running_loop().time())
 
     async def open(self) -> None:
         """Start the replicas and wait until all serve. Raises ConfigError or EngineError."""
@@ -93,6 +103,8 @@ class ClusterClient:
     async def generate(self, request: Request) -> AsyncGenerator[SequenceEvent, None]:
         """See `EngineClient`. The events are the same whichever replicas compute them."""
         held = self.requests.open(request)
+        routed = self.requests.routed(held)
+        self.forecast.saw(routed.adapters, routed.prompt_tokens, routed.expected_tokens)
         try:
             async with aclosing(self._streams.run(held)) as events:
                 async for event in events:
@@ -150,8 +162,27 @@ class ClusterClient:
     async def close(self) -> None:
         await self.fleet.close()
 
-    def note_members(self) -> None:
+    def note_arrival(self, replica: Replica) -> None:
         """See fleet.Upkeep."""
+        if self._residency is None:
+            self._prefixes = PrefixIndex(replica.info.page_tokens)
+            self._residency = ResidencyBook(self.view, self._prefixes)
+        replica.watch_residency(partial(self._take_report, replica))
+        self._sum_up()
+
+    def note_departure(self, replica_id: str) -> None:
+        """See fleet.Upkeep."""
+        if self._residency is not None:
+            self._residency.forget(replica_id)
+        self._sum_up()
+
+    def _take_report(self, replica: Replica, report: ResidencyReport) -> None:
+        assert self._residency is not None
+        self.view.now_s = asyncio.get_running_loop().time()
+        if self._residency.apply(replica.replica_id, report) == "ask" and replica.is_alive:
+            replica.watch_residency(partial(self._take_report, replica))
+
+    def _sum_up(self) -> None:
         found = [replica.info for replica in self.fleet.replicas.values()]
         if found:
             self._info = dataclasses.replace(
@@ -170,8 +201,11 @@ class ClusterClient:
         await self._administration.prepare(replica)
 
     def _choose(self, request: Request) -> Callable[[RoutedRequest, ClusterView], str | None]:
-        """The router's decision for one request."""
-        return self._router.route
+        """The router's decision for one request, whose prompt may be cached somewhere."""
+        if self._prefixes is None:
+            return self._router.route
+        prefix = self._prefixes.find_for(request, self._adapters)
+        return partial(self._router.route, prefix=prefix)
 
     async def evacuate(self, replica_id: str) -> None:
         """See fleet.Upkeep. What cannot be moved ends there."""

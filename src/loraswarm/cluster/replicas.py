@@ -15,6 +15,7 @@ from loraswarm.core.admin import AdapterState, AdminCommand, AdminResult
 from loraswarm.core.client import AdapterSummary, EngineClient, EngineInfo, EngineStats
 from loraswarm.core.events import ReportedError, SequenceEvent
 from loraswarm.core.request import Request
+from loraswarm.core.residency_report import ResidencyReport
 from loraswarm.core.snapshot import SequenceSnapshot
 from loraswarm.engine.child_client import ChildEngineClient
 from loraswarm.errors import EngineError, InvalidRequest
@@ -51,6 +52,10 @@ class Replica(EngineClient, Protocol):
         a caller that stops waiting.
         Raises   what `generate` reports as an error: the snapshot is not taken.
         """
+        ...
+
+    def watch_residency(self, on_report: Callable[[ResidencyReport], None]) -> None:
+        """Hand `on_report` what it holds, a full report first; asked again, another full one."""
         ...
 
     def kill(self) -> None:
@@ -143,6 +148,10 @@ class EngineReplica:
 
     async def close(self) -> None:
         await self._client.close()
+
+    def watch_residency(self, on_report: Callable[[ResidencyReport], None]) -> None:
+        """See `Replica`."""
+        self._client.watch_residency(on_report)
 
     def kill(self) -> None:
         """See `Replica`."""
