@@ -259,7 +259,7 @@ def test_a_replica_is_added_and_removed_at_run_time_without_a_request_lost():
     async def main():
         starter = Starter({"step_s": 0.1})
         async with cluster(starter, num_replicas=2) as client:
-            client.fleet.resize(3)
+            client.fleet.add(1)
             await until(lambda: len(client.fleet.replicas) == 3)
             requests = [request(f"r{i}") for i in range(6)]
             tasks = [asyncio.create_task(collect(client, one)) for one in requests]

@@ -128,7 +128,7 @@ class Controller:
         if action is not None:
             log.info("scaling num_replicas=%d %s", len(view.replicas), action)
         if isinstance(action, Start):
-            fleet.resize(fleet.wanted + action.num_replicas)
+            fleet.add(action.num_replicas)
         elif isinstance(action, Reopen):
             fleet.reopen(action.replica_id)
         elif isinstance(action, Drain):

@@ -117,9 +117,11 @@ class Fleet:
             await self.close()
             raise
 
-    def resize(self, wanted: int) -> None:
-        """Keep so many alive; more are started, fewer are not removed by themselves."""
-        self.wanted = wanted
+    def add(self, num_replicas: int) -> None:
+        """Keep so many more alive. Raises InvalidRequest if that is not at least one."""
+        if num_replicas < 1:
+            raise InvalidRequest(f"count is {num_replicas}; it must be at least 1", "count")
+        self.wanted += num_replicas
         self._replace_missing()
 
     async def remove(self, replica_id: str) -> None:
@@ -136,6 +138,10 @@ class Fleet:
         self._leaving.add(replica_id)
         self._view.replicas[replica_id].accepts = False
         log.info("replica=%s leaving", replica_id)
+        # Once begun it is brought to its end, also if the caller stops waiting.
+        await asyncio.shield(self._spawn(self._drain(replica_id)))
+
+    async def _drain(self, replica_id: str) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._limits.drain_s):
                 await self._upkeep.evacuate(replica_id)
@@ -267,10 +273,11 @@ class Fleet:
             except LoRASwarmError:
                 return  # it has died, which `_watch` sees
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._note_end)
+        return task
 
     def _note_end(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
