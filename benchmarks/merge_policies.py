@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loraswarm.engine.child_client import ENGINE_ENVIRONMENT
+from loraswarm.engine.engine_process import ENGINE_ENVIRONMENT
 
 os.environ.update(ENGINE_ENVIRONMENT | os.environ)  # before torch is imported
 

@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from loraswarm.engine.child_client import ENGINE_ENVIRONMENT
+from loraswarm.engine.engine_process import ENGINE_ENVIRONMENT
 
 os.environ.update(ENGINE_ENVIRONMENT | os.environ)  # before torch is imported
 

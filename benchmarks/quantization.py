@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from document import json_path, write_document
-from loraswarm.engine.child_client import ENGINE_ENVIRONMENT
+from loraswarm.engine.engine_process import ENGINE_ENVIRONMENT
 
 os.environ.update(ENGINE_ENVIRONMENT | os.environ)  # before torch is imported
 

@@ -18,8 +18,8 @@ from loraswarm.bench.metrics import summarize
 from loraswarm.bench.offline import OfflineTarget, set_engine_environment
 from loraswarm.bench.records import PlannedRequest, RequestRecord
 from loraswarm.bench.runner import run
-from loraswarm.engine.child_client import ENGINE_ENVIRONMENT
 from loraswarm.engine.engine import Engine
+from loraswarm.engine.engine_process import ENGINE_ENVIRONMENT
 from loraswarm.errors import ConfigError
 
 OPTIONS = {"pool_bytes": 8 << 20, "num_threads": 2, "host_cache_bytes": 64 << 20}

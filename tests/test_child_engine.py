@@ -247,7 +247,7 @@ def test_the_process_ends_when_its_parent_is_gone(started):
     client = started.orphan
 
     async def main():
-        client._process.stdin.close()
+        client._process.close_input()
         await asyncio.wait_for(client.wait_closed(), 10)
         assert not client.is_alive
         assert client._process.returncode == 0

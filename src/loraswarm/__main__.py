@@ -15,6 +15,16 @@ from typer.exceptions import TyperException
 
 from loraswarm import __version__
 from loraswarm.commands.bench_app import app as bench_app
+from loraswarm.commands.cluster_options import (
+    MaxReplicas,
+    MinReplicas,
+    RayAddress,
+    ReplicaBackend,
+    ReplicaCpus,
+    ReplicaGpus,
+    Replicas,
+    RouterName,
+)
 from loraswarm.commands.options import parse_bytes
 from loraswarm.commands.simulate_app import app as simulate_app
 from loraswarm.config import EngineConfig, ServerConfig
@@ -159,35 +169,20 @@ def serve(
     seed: Seed = None,
     api_key: ApiKey = None,
     served_model_name: ServedModelName = None,
+    replicas: Replicas = None,
+    min_replicas: MinReplicas = None,
+    max_replicas: MaxReplicas = None,
+    ray_address: RayAddress = None,
+    replica_backend: ReplicaBackend = "ray",
+    replica_cpus: ReplicaCpus = None,
+    replica_gpus: ReplicaGpus = 0.0,
+    router: RouterName = "marginal",
 ) -> None:
     """Serve MODEL and its adapters through an OpenAI-compatible API."""
-    config = _engine_config(
-        model=model,
-        adapters=tuple(adapters or ()),
-        served_model_name=served_model_name,
-        device=device,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        memory_utilization=memory_utilization,
-        pool_bytes=parse_bytes("--pool-bytes", pool_bytes),
-        host_cache_bytes=parse_bytes("--host-cache-bytes", host_cache_bytes),
-        host_cache_dir=host_cache_dir,
-        refresh_interval_s=refresh_interval,
-        prefix_caching=prefix_caching,
-        eviction=eviction,
-        quantize=quantize,
-        cost_model=cost_model,
-        merge=merge,
-        merge_bytes=parse_bytes("--merge-bytes", merge_bytes),
-        max_num_sequences=max_num_sequences,
-        max_step_tokens=max_step_tokens,
-        num_threads=num_threads,
-        seed=seed,
-    )
-    server = ServerConfig(host=host, port=port, api_key=api_key)
-    from loraswarm.commands.serve import serve as run
+    options = dict(locals())
+    from loraswarm.commands.serve_options import run
 
-    raise typer.Exit(run(config, server))
+    raise typer.Exit(run(options))
 
 
 @app.command()

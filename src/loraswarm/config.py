@@ -21,6 +21,8 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
 Eviction = Literal["cost", "lru"]
 Quantize = Literal["int8", "int4"]
+BACKENDS = ("ray", "processes")
+Backend = Literal["ray", "processes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +130,48 @@ class ServerConfig:
             raise ConfigError(f"port is {self.port}; it must be from 0 to 65535")
         if self.drain_timeout_s < 0:
             raise ConfigError(f"drain_timeout_s is {self.drain_timeout_s}; it must be >= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """How many engines serve, and where they run.
+
+    With "ray" each is an actor of the cluster at `ray_address` (None: one of our own, on this
+    machine) that takes `replica_cpus` cores and `replica_gpus` devices; with "processes" each is a
+    child process. Between `min_replicas` and `max_replicas` their number follows the load; None:
+    it stays `num_replicas`. `router` is a policy of cluster/routing by its name.
+    """
+
+    num_replicas: int = 1
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+    backend: Backend = "ray"
+    ray_address: str | None = None
+    replica_cpus: int = 1
+    replica_gpus: float = 0.0
+    router: str = "marginal"
+
+    def __post_init__(self) -> None:
+        _require_choice("replica_backend", self.backend, BACKENDS)
+        _require_positive("replicas", self.num_replicas)
+        _require_positive("replica_cpus", self.replica_cpus)
+        if not self.replica_gpus >= 0:
+            raise ConfigError(f"replica_gpus is {self.replica_gpus}; it must be >= 0")
+        if not 1 <= self.least_replicas <= self.num_replicas <= self.most_replicas:
+            raise ConfigError(
+                f"replicas is {self.num_replicas}, min_replicas {self.least_replicas} and"
+                f" max_replicas {self.most_replicas}; they must ascend from min to max"
+            )
+        if self.backend == "processes" and (self.ray_address or self.replica_gpus):
+            raise ConfigError("ray_address and replica_gpus need replica_backend to be ray")
+
+    @property
+    def least_replicas(self) -> int:
+        return self.num_replicas if self.min_replicas is None else self.min_replicas
+
+    @property
+    def most_replicas(self) -> int:
+        return self.num_replicas if self.max_replicas is None else self.max_replicas
 
 
 def _require_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ from loraswarm.bench.records import Clock, PlannedRequest, RequestRecord
 from loraswarm.config import EngineConfig
 from loraswarm.core.client import EngineInfo
 from loraswarm.core.request import Request, SamplingParams
-from loraswarm.engine.child_client import ENGINE_ENVIRONMENT
+from loraswarm.engine.engine_process import ENGINE_ENVIRONMENT
 
 log = logging.getLogger(__name__)
 

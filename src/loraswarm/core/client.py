@@ -81,12 +81,14 @@ class EngineStats:
     `loads` is by stage: "fetch" (from a remote store), "read" (from files), "pack" (into an image),
     "map" (an image of the host cache's directory), "copy" (to the device). `total_unkept_images`
     could not be written to the host cache's directory. `merging` is None where `--merge` is off.
+    `num_frozen` of the waiting and running requests are held for a migration.
     """
 
     num_waiting: int
     num_running: int
     num_free_pages: int
     num_kv_pages: int
+    num_frozen: int = 0
     num_prefix_pages: int = 0
     num_adapter_pages: int
     num_pinned_adapters: int

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from loraswarm.core.events import TokenLogprob
 from loraswarm.core.request import Request
+from loraswarm.core.snapshot import KVPages
 
 AdapterKey = tuple[str, str]
 AdapterMix = tuple[tuple[AdapterKey, float], ...]
@@ -25,7 +26,9 @@ class Sequence:
     depends on nothing else. `order` is the request's place in the line of arrival, which was at
     `arrived_s` of the engine's clock. When the sequence first started, `num_cached` tokens of the
     prompt had K and V already and `queue_s` seconds had passed; None before. `max_tokens` is the
-    request's limit, or what the context leaves when the request set none.
+    request's limit, or what the context leaves when the request set none. A frozen one computes
+    nothing until it is thawed. `brought` is K and V that came with it from another engine, until
+    they are in pages.
 
         token_ids   | prompt ............... | generated ...... |
                     | num_computed ->  | next chunk or decode   |
@@ -39,11 +42,13 @@ class Sequence:
     first_adapted: int = 0
     order: int = 0
     arrived_s: float = 0.0
+    is_frozen: bool = False
     token_ids: list[int] = field(init=False)
     num_computed: int = 0
     num_cached: int = 0
     queue_s: float | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    brought: KVPages | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)

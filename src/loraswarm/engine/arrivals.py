@@ -11,18 +11,22 @@ from dataclasses import dataclass
 from loraswarm.adapters.catalog import Entry
 from loraswarm.adapters.stores import Found
 from loraswarm.core.request import Request
+from loraswarm.core.snapshot import SequenceSnapshot
 
 
 @dataclass(slots=True, eq=False)
 class Arrival:
     """A request, its adapters as the catalog knew them when it came, its seed, which does not
-    depend on when they come, and its place in the line."""
+    depend on when they come, and its place in the line. With a `snapshot` it comes from another
+    engine, in the middle of its answer; a frozen one becomes a frozen sequence."""
 
     request: Request
     entries: list[Entry]
     seed: int
     order: int
     arrived_s: float
+    snapshot: SequenceSnapshot | None = None
+    is_frozen: bool = False
 
 
 class Arrivals:
@@ -40,6 +44,9 @@ class Arrivals:
 
     def __iter__(self) -> Iterator[Arrival]:
         return iter(list(self._by_id.values()))
+
+    def get(self, request_id: str) -> Arrival | None:
+        return self._by_id.get(request_id)
 
     def add(self, arrival: Arrival) -> None:
         """Wait for all of its adapters."""

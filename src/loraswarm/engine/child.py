@@ -21,11 +21,13 @@ import zmq
 
 from loraswarm.core.events import ErrorInfo, SequenceEvent
 from loraswarm.core.request import Request
+from loraswarm.core.snapshot import SequenceSnapshot
 from loraswarm.engine.engine import Engine
 from loraswarm.engine.messages import (
     Abort,
     AdaptersReply,
     Administer,
+    Adopt,
     AnswerReply,
     AskAdapters,
     AskStats,
@@ -33,14 +35,20 @@ from loraswarm.engine.messages import (
     Command,
     Events,
     Failed,
+    Freeze,
+    Frozen,
+    Move,
     Progress,
     Ready,
+    Release,
     Reply,
     Reported,
     Start,
     StatsReply,
     Stop,
     Submit,
+    Thaw,
+    Unfrozen,
     WatchResidency,
     commands_address,
     decode_command,
@@ -134,6 +142,8 @@ class ChildEngine:
             self._send(AdaptersReply(engine.adapter_states()))
         elif isinstance(command, Administer):
             engine.begin_command(command.command_id, command.command())
+        elif isinstance(command, Move):
+            self._move(engine, command)
         elif isinstance(command, WatchResidency):
             engine.reports.watch()
         elif isinstance(command, Stop):
@@ -141,6 +151,20 @@ class ChildEngine:
             raise ParentGone
         else:
             raise AssertionError(f"unexpected command {command}")
+
+    def _move(self, engine: Engine, command: Move) -> None:
+        if isinstance(command, Freeze):
+            snapshot, events = engine.freeze(command.request_id, command.with_kv)
+            self._send(Events(events))
+            self._send(Frozen(snapshot))
+        elif isinstance(command, Thaw):
+            was_frozen = engine.thaw(command.request_id)
+            self._send(Unfrozen(command.request_id, was_frozen, is_gone=False))
+        elif isinstance(command, Release):
+            is_gone = engine.release(command.request_id)
+            self._send(Unfrozen(command.request_id, is_gone, is_gone))
+        elif isinstance(command, Adopt):
+            self._send(Events([_adopt(engine, command.snapshot)]))
 
     def _receive(self, timeout_s: float | None) -> Command | None:
         """The next command; None if none came in so many seconds, or there is news."""
@@ -177,6 +201,17 @@ def _try_add(engine: Engine, request: Request) -> SequenceEvent | None:
             request_id=request.request_id, finish_reason="error", error=ErrorInfo.of(error)
         )
     return None
+
+
+def _adopt(engine: Engine, snapshot: SequenceSnapshot) -> SequenceEvent:
+    """Queue what another engine has begun; the event that says so, or its terminal one."""
+    try:
+        engine.adopt(snapshot)
+    except LoRASwarmError as error:
+        return SequenceEvent(
+            request_id=snapshot.request_id, finish_reason="error", error=ErrorInfo.of(error)
+        )
+    return SequenceEvent(request_id=snapshot.request_id)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""The server's side of an engine that runs in a child process.
+"""The server's side of an engine that runs in a process of its own.
 
-Starts the process, sends commands, hands each request its events, and notices when the process
-dies: every open request then gets a terminal error event. Implements core.client.EngineClient.
+Sends commands, hands each request its events, and notices when the process dies: every open request
+then gets a terminal error event. Implements core.client.EngineClient; where the process is, and how
+bytes get there, is its EngineTransport's.
 """
 
 from __future__ import annotations
@@ -9,17 +10,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
-import shutil
-import sys
-import tempfile
 from collections.abc import AsyncGenerator, Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-
-import zmq
-import zmq.asyncio
 
 from loraswarm.config import EngineConfig
 from loraswarm.core.admin import AdapterState, AdminCommand, AdminResult
@@ -27,10 +20,13 @@ from loraswarm.core.client import AdapterSummary, EngineInfo, EngineStats
 from loraswarm.core.events import ErrorInfo, ReportedError, SequenceEvent
 from loraswarm.core.request import Request
 from loraswarm.core.residency_report import ResidencyReport
+from loraswarm.core.snapshot import SequenceSnapshot
+from loraswarm.engine.engine_process import EngineProcess, EngineTransport
 from loraswarm.engine.messages import (
     Abort,
     AdaptersReply,
     Administer,
+    Adopt,
     AnswerReply,
     AskAdapters,
     AskStats,
@@ -38,26 +34,24 @@ from loraswarm.engine.messages import (
     Command,
     Events,
     Failed,
+    Freeze,
+    Frozen,
     Progress,
     Ready,
+    Release,
     Reported,
     Start,
     StatsReply,
     Stop,
     Submit,
+    Thaw,
+    Unfrozen,
     WatchResidency,
-    commands_address,
     decode_reply,
     encode,
-    replies_address,
 )
 from loraswarm.errors import ConfigError, EngineError, LoRASwarmError
 
-# What the engine's libraries read once, at their start; the user's own settings win.
-# GOMP_SPINCOUNT: how long idle threads spin before they sleep. By default so long that a step takes
-# many times longer as soon as another process, such as the server, uses a core.
-# THP_MEM_ALLOC_ENABLE: torch asks for huge pages; weights and page pool are read with fewer misses.
-ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "THP_MEM_ALLOC_ENABLE": "1"}
 STOP_TIMEOUT_S = 10.0
 LAST_REPLIES_S = 0.1  # what the process sent last may still be in the socket
 Report = Callable[[str], None]
@@ -67,18 +61,12 @@ log = logging.getLogger(__name__)
 class ChildEngineClient:
     """One engine process; made by `start`, ended by `close` or by the process's death."""
 
-    def __init__(self, directory: Path, process: asyncio.subprocess.Process) -> None:
-        self._directory = directory
+    def __init__(self, process: EngineTransport) -> None:
         self._process = process
-        self._context = zmq.Context()
-        self._commands = self._context.socket(zmq.PUSH)
-        self._commands.setsockopt(zmq.SNDHWM, 0)
-        self._commands.setsockopt(zmq.LINGER, 0)
-        self._commands.connect(commands_address(directory))
-        self._replies = zmq.asyncio.Context(self._context).socket(zmq.PULL)
-        self._replies.bind(replies_address(directory))
         self._info: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
-        self._queues: dict[str, asyncio.Queue[SequenceEvent]] = {}
+        self._queues: dict[str, asyncio.Queue[SequenceEvent | None]] = {}
+        self._frozen: list[asyncio.Future[SequenceSnapshot | None]] = []
+        self._unfrozen: list[asyncio.Future[bool]] = []
         self._stats: list[asyncio.Future[EngineStats]] = []
         self._states: list[asyncio.Future[tuple[AdapterState, ...]]] = []
         self._commands_open: dict[int, asyncio.Future[AdminResult]] = {}
@@ -89,27 +77,25 @@ class ChildEngineClient:
         self._report: Report = log.info
         self._on_residency: Callable[[ResidencyReport], None] = lambda report: None
         self._is_ready = False
+        self._ended = asyncio.create_task(self._process.wait())
         self._reader = asyncio.create_task(self._read())
         self._watcher = asyncio.create_task(self._watch())
 
     @classmethod
     async def start(cls, config: EngineConfig, report: Report = log.info) -> ChildEngineClient:
-        """Start the process and wait until it serves; `report` gets its start-up lines.
+        """Start a child process and wait until it serves; `report` gets its start-up lines.
 
         Raises   ConfigError or EngineError if it could not start.
         """
-        directory = Path(tempfile.mkdtemp(prefix="loraswarm-"))
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",
-            "-m",
-            "loraswarm.engine.child",
-            str(directory),
-            stdin=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            env=ENGINE_ENVIRONMENT | os.environ,
-        )
-        client = cls(directory, process)
+        return await cls.start_over(await EngineProcess.start(), config, report)
+
+    @classmethod
+    async def start_over(
+        cls, process: EngineTransport, config: EngineConfig, report: Report = log.info
+    ) -> ChildEngineClient:
+        """As `start`, of an engine process that waits for its first command. It is closed by this,
+        also if it does not start."""
+        client = cls(process)
         client._report = report
         client._send(Start(config))
         try:
@@ -136,26 +122,46 @@ class ChildEngineClient:
         """See `EngineClient`."""
         return MappingProxyType(self._adapters)
 
-    async def generate(self, request: Request) -> AsyncGenerator[SequenceEvent, None]:
-        """Submit and yield events until the terminal one; closing early aborts the request."""
-        if request.request_id in self._queues:
-            raise ValueError(f"request id {request.request_id!r} is already in use")
-        queue: asyncio.Queue[SequenceEvent] = asyncio.Queue()
-        self._queues[request.request_id] = queue
-        ended = False
+    def generate(self, request: Request) -> AsyncGenerator[SequenceEvent, None]:
+        """Submit and yield events until the terminal one; closing early aborts the request.
+
+        After `release` it ends without one.
+        """
+        return self._follow(request.request_id, Submit(request))
+
+    def adopt(self, snapshot: SequenceSnapshot) -> AsyncGenerator[SequenceEvent, None]:
+        """Go on with a request of another engine: as `generate`, for tokens behind the snapshot.
+
+        The first event says what has become of it: without tokens and finish_reason, it is in the
+        engine's queue; if it is refused, it is a terminal one with the error.
+        """
+        return self._follow(snapshot.request_id, Adopt(snapshot))
+
+    async def freeze(self, request_id: str, with_kv: bool) -> SequenceSnapshot | None:
+        """Hold a request until it is thawed, released or aborted; None if it is not open.
+
+        What the snapshot contains has been handed to the request's generator before. If the caller
+        stops waiting, the request is thawed. Raises EngineError if the engine is gone.
+        """
+        future: asyncio.Future[SequenceSnapshot | None] = self._future()
+        self._frozen.append(future)
+        self._send(Freeze(request_id, with_kv))
         try:
+            return await future
+        except asyncio.CancelledError:
             if self.is_alive:
-                self._send(Submit(request))
-            else:
-                queue.put_nowait(self._death_event(request.request_id))
-            while not ended:
-                event = await queue.get()
-                ended = event.finish_reason is not None
-                yield event
-        finally:
-            del self._queues[request.request_id]
-            if not ended and self.is_alive:
-                self._send(Abort(request.request_id))
+                self._unfreeze(Thaw(request_id)).cancel()  # nobody reads the answer
+            raise
+
+    async def thaw(self, request_id: str) -> bool:
+        """Go on with a frozen request; False if it was not frozen. Raises EngineError if the engine
+        is gone."""
+        return await self._unfreeze(Thaw(request_id))
+
+    async def release(self, request_id: str) -> bool:
+        """Forget a frozen request, and end its generator; False, and nothing done, if it was not
+        frozen. Raises EngineError if the engine is gone."""
+        return await self._unfreeze(Release(request_id))
 
     async def stats(self) -> EngineStats:
         """Counts at the engine's next free moment. Raises EngineError if it is gone."""
@@ -197,18 +203,48 @@ class ChildEngineClient:
         elif self._process.returncode is None:
             self._send(Stop())
             try:
-                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+                await asyncio.wait_for(asyncio.shield(self._ended), STOP_TIMEOUT_S)
             except TimeoutError:
                 log.warning("engine pid=%d did not stop; killing it", self._process.pid)
                 self._process.kill()
         await self._closed.wait()
         self._reader.cancel()
         await asyncio.gather(self._reader, self._watcher, return_exceptions=True)
-        if not self._context.closed:
-            self._replies.close(linger=0)
-            self._commands.close(linger=0)
-            self._context.term()
-            shutil.rmtree(self._directory, ignore_errors=True)
+        await self._process.close()
+
+    def kill(self) -> None:
+        """End the process at once; open requests get a terminal error event."""
+        self._process.kill()
+
+    async def _follow(
+        self, request_id: str, command: Submit | Adopt
+    ) -> AsyncGenerator[SequenceEvent, None]:
+        """Send what opens a request and yield its events."""
+        if request_id in self._queues:
+            raise ValueError(f"request id {request_id!r} is already in use")
+        queue: asyncio.Queue[SequenceEvent | None] = asyncio.Queue()
+        self._queues[request_id] = queue
+        ended = False
+        try:
+            if self.is_alive:
+                self._send(command)
+            else:
+                queue.put_nowait(self._death_event(request_id))
+            while not ended and (event := await queue.get()) is not None:
+                ended = event.finish_reason is not None
+                yield event
+        finally:
+            is_ours = self._queues.get(request_id) is queue  # not if it was released
+            if is_ours:
+                del self._queues[request_id]
+            if is_ours and not ended and self.is_alive:
+                self._send(Abort(request_id))
+
+    def _unfreeze(self, command: Thaw | Release) -> asyncio.Future[bool]:
+        future: asyncio.Future[bool] = self._future()
+        self._unfrozen.append(future)
+        self._send(command)
+        return future
 
     def _future(self) -> asyncio.Future[Any]:
         if not self.is_alive:
@@ -216,12 +252,12 @@ class ChildEngineClient:
         return asyncio.get_running_loop().create_future()
 
     def _send(self, command: Command) -> None:
-        self._commands.send(encode(command), zmq.NOBLOCK)
+        self._process.send(encode(command))
 
     async def _read(self) -> None:
         """Hand every reply to whom it concerns."""
         while True:
-            reply = decode_reply(await self._replies.recv())
+            reply = decode_reply(await self._process.receive())
             if isinstance(reply, Events):
                 for event in reply.events:
                     if queue := self._queues.get(event.request_id):
@@ -232,6 +268,10 @@ class ChildEngineClient:
                 _set(self._states.pop(0), reply.states)
             elif isinstance(reply, AnswerReply):
                 self._take_answer(reply)
+            elif isinstance(reply, Frozen):
+                _set(self._frozen.pop(0), reply.snapshot)
+            elif isinstance(reply, Unfrozen):
+                self._take_unfrozen(reply)
             elif isinstance(reply, CatalogChange):
                 for name in reply.removed:
                     self._adapters.pop(name, None)
@@ -247,6 +287,11 @@ class ChildEngineClient:
             elif isinstance(reply, Failed):
                 self._failure = reply.error
 
+    def _take_unfrozen(self, reply: Unfrozen) -> None:
+        _set(self._unfrozen.pop(0), reply.was_frozen)
+        if reply.is_gone and (queue := self._queues.pop(reply.request_id, None)):
+            queue.put_nowait(None)
+
     def _take_answer(self, reply: AnswerReply) -> None:
         future = self._commands_open.pop(reply.command_id)
         if reply.error is None:
@@ -256,21 +301,20 @@ class ChildEngineClient:
 
     async def _watch(self) -> None:
         """When the process ends, or cannot be understood, end everything that waits for it."""
-        ended = asyncio.create_task(self._process.wait())
+        ended = self._ended
         await asyncio.wait({ended, self._reader}, return_when=asyncio.FIRST_COMPLETED)
         if not ended.done():
             log.error("engine pid=%d cannot be read: %r", self.pid, self._reader.exception())
             self._process.kill()
         await ended
         await asyncio.sleep(LAST_REPLIES_S)
-        if self._process.stdin is not None:
-            self._process.stdin.close()
         self._closed.set()
         if not self._info.done():
             self._info.set_exception(self._start_error())
         for request_id, queue in self._queues.items():
             queue.put_nowait(self._death_event(request_id))
         waiting: list[asyncio.Future[Any]] = [*self._stats, *self._states]
+        waiting += [*self._frozen, *self._unfrozen]
         for future in [*waiting, *self._commands_open.values()]:
             if not future.done():
                 future.set_exception(EngineError(self._death().message))

@@ -11,35 +11,29 @@ import random
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from loraswarm.adapters.catalog import Catalog
 from loraswarm.core.admin import AdapterState, AdminCommand, ScanReport
 from loraswarm.core.client import AdapterSummary, EngineInfo, EngineStats
 from loraswarm.core.events import SequenceEvent
 from loraswarm.core.request import Request
 from loraswarm.core.sequence import AdapterKey
+from loraswarm.core.snapshot import SequenceSnapshot
 from loraswarm.engine.administration import Administration, Answer
 from loraswarm.engine.arrivals import Arrivals
-from loraswarm.engine.loader import Loader
+from loraswarm.engine.counts import engine_stats
 from loraswarm.engine.look_ahead import LookAhead
 from loraswarm.engine.merge_control import MergeControl, MergeFacts
-from loraswarm.engine.merging import Merger
-from loraswarm.engine.model_runner import ModelRunner
+from loraswarm.engine.migration import Migration
+from loraswarm.engine.parts import EngineParts
 from loraswarm.engine.policies.merging import MergePolicy
 from loraswarm.engine.reception import Reception
 from loraswarm.engine.reports import ResidencyReports
-from loraswarm.engine.residency import Residency
-from loraswarm.engine.scheduler import Scheduler
 from loraswarm.engine.sequence_maker import SequenceMaker
 from loraswarm.engine.states import AdapterStates
 from loraswarm.engine.step import Step
 from loraswarm.engine.upkeep import Upkeep
-from loraswarm.engine.wakeup import Wakeup, wait_readable
+from loraswarm.engine.wakeup import wait_readable
 from loraswarm.errors import EngineError, StoreError
-from loraswarm.memory.host_cache import HostCache
-from loraswarm.memory.memory import Memory
-from loraswarm.memory.page_copier import PageCopier
 from loraswarm.models.decoder import Decoder
 
 MIN_TIMED_TOKENS = 64
@@ -47,31 +41,6 @@ COMMAND_POLL_S = 0.05
 MERGE_SHARE = 0.1
 """Of a step's time, what merging may take before the next."""
 SMOOTHING_SHARE = 0.2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineParts:
-    """What an engine is put together from; it owns and closes them."""
-
-    catalog: Catalog
-    loader: Loader
-    host: HostCache
-    copier: PageCopier
-    wakeup: Wakeup
-    runner: ModelRunner
-    memory: Memory
-    residency: Residency
-    scheduler: Scheduler
-    store_failures: tuple[str, ...] = ()
-    merger: Merger | None = None
-
-    def close(self) -> None:
-        """End every thread and process, and give back the memory of merged weights."""
-        if self.merger is not None:
-            self.merger.close()
-        self.loader.close()
-        self.copier.close()
-        self.wakeup.close()
 
 
 class Engine:
@@ -126,6 +95,13 @@ class Engine:
             sequences,
             self._states,
             random.Random(seed),
+        )
+        self._migration = Migration(
+            info,
+            self._reception,
+            parts.scheduler,
+            parts.memory.kv_cache,
+            parts.runner.buffer,
         )
         self._closing = weakref.finalize(self, parts.close)
         self._upkeep = Upkeep(
@@ -187,6 +163,41 @@ class Engine:
         open_ids = self._reception.open_ids
         return [event for name in open_ids if (event := self.abort(name))]
 
+    def freeze(
+        self, request_id: str, with_kv: bool
+    ) -> tuple[SequenceSnapshot | None, list[SequenceEvent]]:
+        """Let a request wait until it is thawed, released or aborted; None if it is not open.
+
+        It keeps its pages and pins, unless a decode finds no others. The snapshot, `with_kv` with
+        copies of its pages, is of a moment after the events returned with it, which may be of any
+        request: of the step that was under way.
+        """
+        self._require_open()
+        events = self._land()
+        return self._migration.freeze(request_id, with_kv), events
+
+    def thaw(self, request_id: str) -> bool:
+        """Go on with a frozen request as if nothing had been; False if it is open no more, or not
+        frozen."""
+        return self._migration.thaw(request_id)
+
+    def release(self, request_id: str) -> bool:
+        """Forget a frozen request, which another engine has adopted: it ends without an event.
+        False, and nothing changed, if it is open no more, or not frozen."""
+        return self.thaw(request_id) and self.abort(request_id) is not None
+
+    def adopt(self, snapshot: SequenceSnapshot) -> None:
+        """Queue a request that goes on where a snapshot was taken, behind those that are here.
+
+        Its events are of tokens behind the snapshot. What K and V it brings stay in host memory
+        until it starts; without, all its tokens are computed again.
+        Raises   as `add`; InvalidRequest too if the adapters have other contents here, K and V are
+                 laid out otherwise, or the answer has ended. Where an adapter has not been read
+                 yet, what is wrong with it comes as an event.
+        """
+        self._require_open()
+        self._migration.adopt(snapshot)
+
     def step(self, may_wait: bool = True) -> list[SequenceEvent]:
         """Advance every scheduled request by one chunk or token; returns what happened.
 
@@ -200,12 +211,13 @@ class Engine:
             step = self._plan(only)
         self._residency.start_copies(step.loads)
         if step.chunks:
-            events += self._run(step)
+            events += self._run(step, self._may_look_ahead())
         else:
             self._residency.unblock()
-            assert self._may_go_on(), "work is waiting but nothing can run"
+            is_held_up = self._may_go_on() or self._scheduler.num_frozen > 0
+            assert is_held_up, "work is waiting but nothing can run"
         self._is_blocked = not step.chunks and not self._residency.has_lost
-        if self._is_blocked and may_wait and not events and self.has_work:
+        if self._is_blocked and may_wait and not events and self.has_work and self._may_go_on():
             self.wait()
         self._reception.note_ends(events)
         if events and self._administration.is_busy:
@@ -271,37 +283,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts of requests, pages and adapters at this moment."""
-        memory, host, scheduler = self._memory, self._parts.host, self._scheduler
-        totals = self._states.totals
-        running, _ = scheduler.adapters_in_use()
-        return EngineStats(
-            num_waiting=scheduler.num_waiting + len(self._arrivals),
-            num_running=scheduler.num_running,
-            num_free_pages=memory.pool.num_free,
-            num_kv_pages=memory.pool.num_owned("kv") + memory.prefixes.num_used_pages,
-            num_prefix_pages=memory.prefixes.num_idle_pages,
-            num_adapter_pages=memory.pool.num_owned("adapter"),
-            num_pinned_adapters=memory.adapters.num_pinned,
-            num_resident_adapters=memory.adapters.num_resident,
-            num_host_adapters=host.num_images,
-            num_host_bytes=host.num_bytes,
-            num_loading=self._residency.num_loading,
-            total_preemptions=scheduler.num_preemptions,
-            total_device_hits=totals["device"],
-            total_host_hits=totals["host"],
-            total_misses=totals["store"],
-            total_load_failures=self._residency.num_failures,
-            total_unkept_images=self._residency.num_unkept_images,
-            total_device_evictions=memory.adapters.total_evictions,
-            total_host_evictions=host.total_evictions,
-            total_prefix_evictions=memory.prefixes.total_evicted_pages,
-            total_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
-            total_prefix_asked_tokens=scheduler.num_prefix_asked_tokens,
-            loads=dict(self._residency.loads),
-            running_adapters=tuple(sorted(running)),
-            waiting_adapters=tuple(sorted(self._states.waiting_names())),
-            merging=None if self.merger is None else self.merger.state,
-        )
+        return engine_stats(self._parts, self._states)
 
     def check(self) -> None:
         """Assert the invariants of pool, caches and queues (for tests and idle moments)."""
@@ -328,16 +310,29 @@ class Engine:
 
     def _plan(self, only: frozenset[str] | None) -> Step:
         """The next step. What is merged gives its pages back if nothing can run beside it."""
+        step = self._next_step(only)
+        is_stuck = self.has_work and not step.chunks and not step.loads and not self._may_go_on()
+        if not is_stuck or self.merger is None or self._scheduler.is_frozen:
+            return step
+        return self._next_step(None) if self.merger.give_way() else step
+
+    def _next_step(self, only: frozenset[str] | None) -> Step:
         step = self._scheduler.plan(only)
         self._runner.forget(step.dropped)
-        is_stuck = self.has_work and not step.chunks and not step.loads and not self._may_go_on()
-        if is_stuck and self.merger is not None and self.merger.give_way():
-            step = self._scheduler.plan()
-            self._runner.forget(step.dropped)
+        self._migration.fill(step)
         return step
 
-    def _run(self, step: Step) -> list[SequenceEvent]:
-        results, seconds = self._look_ahead.run(step, self._may_look_ahead())
+    def _land(self) -> list[SequenceEvent]:
+        """The events of the step under way, if there is one; none is afterwards."""
+        step = self._look_ahead.step
+        if step is None:
+            return []
+        events = self._run(step, may_look_ahead=False)
+        self._reception.note_ends(events)
+        return events
+
+    def _run(self, step: Step, may_look_ahead: bool) -> list[SequenceEvent]:
+        results, seconds = self._look_ahead.run(step, may_look_ahead)
         self._memory.costs.saw_step(seconds)
         self._step_s += (SMOOTHING_SHARE if self._step_s else 1.0) * (seconds - self._step_s)
         if step.num_tokens >= MIN_TIMED_TOKENS:

@@ -15,6 +15,7 @@ from loraswarm.core.client import AdapterSummary, EngineInfo, EngineStats
 from loraswarm.core.events import ErrorInfo, SequenceEvent
 from loraswarm.core.request import Request
 from loraswarm.core.residency_report import ResidencyReport
+from loraswarm.core.snapshot import SequenceSnapshot
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
@@ -29,6 +30,31 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
     request_id: str
+
+
+class Freeze(msgspec.Struct, frozen=True, tag="freeze"):
+    """Answered by one Frozen, in order, after the events that its snapshot contains."""
+
+    request_id: str
+    with_kv: bool
+
+
+class Thaw(msgspec.Struct, frozen=True, tag="thaw"):
+    """Answered by one Unfrozen, in order."""
+
+    request_id: str
+
+
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """Answered by one Unfrozen, in order."""
+
+    request_id: str
+
+
+class Adopt(msgspec.Struct, frozen=True, tag="adopt"):
+    """Answered by an event of the request, in which it has no tokens or has ended by an error."""
+
+    snapshot: SequenceSnapshot
 
 
 class AskStats(msgspec.Struct, frozen=True, tag="ask_stats"):
@@ -110,6 +136,20 @@ class AnswerReply(msgspec.Struct, frozen=True, tag="answer"):
         return cls(command_id, state=result)
 
 
+class Frozen(msgspec.Struct, frozen=True, tag="frozen"):
+    """None: the request is not open."""
+
+    snapshot: SequenceSnapshot | None
+
+
+class Unfrozen(msgspec.Struct, frozen=True, tag="unfrozen"):
+    """Whether it was frozen, and so is not any more; if `is_gone`, nothing follows about it."""
+
+    request_id: str
+    was_frozen: bool
+    is_gone: bool
+
+
 class CatalogChange(msgspec.Struct, frozen=True, tag="catalog"):
     """Rows that are new or other than before, and names that are gone; at first, all rows."""
 
@@ -122,7 +162,10 @@ class Reported(msgspec.Struct, frozen=True, tag="reported"):
 
 
 ADMIN_COMMANDS = {kind.__name__: kind for kind in get_args(AdminCommand)}
-Command = Start | Submit | Abort | AskStats | AskAdapters | Administer | WatchResidency | Stop
+Move = Freeze | Thaw | Release | Adopt
+Command = (
+    Start | Submit | Abort | Move | AskStats | AskAdapters | Administer | WatchResidency | Stop
+)
 Reply = (
     Progress
     | Ready
@@ -132,6 +175,8 @@ Reply = (
     | AdaptersReply
     | AnswerReply
     | CatalogChange
+    | Frozen
+    | Unfrozen
     | Reported
 )
 

@@ -72,6 +72,11 @@ class ModelRunner:
             self._tiles.drop(key)
 
     @property
+    def buffer(self) -> PageBuffer:
+        """The pages, for whoever copies K and V out of them or into them between steps."""
+        return self._buffer
+
+    @property
     def is_beside_host(self) -> bool:
         """Whether the device computes while the host goes on."""
         return self._buffer.pool.device.type == "cuda"

@@ -15,6 +15,7 @@ from loraswarm.adapters.catalog import Catalog, Entry
 from loraswarm.core.events import ErrorInfo, ReportedError, SequenceEvent
 from loraswarm.core.request import Request
 from loraswarm.core.sequence import AdapterKey
+from loraswarm.core.snapshot import SequenceSnapshot
 from loraswarm.engine.arrivals import Arrival
 from loraswarm.engine.residency import Residency
 from loraswarm.engine.scheduler import Scheduler
@@ -51,8 +52,11 @@ class Reception:
         """Requests that have not ended."""
         return list(self._used)
 
-    def receive(self, request: Request) -> None:
-        """Queue a request, or let it wait for its adapters; raises as Engine.add."""
+    def receive(self, request: Request, snapshot: SequenceSnapshot | None = None) -> None:
+        """Queue a request, or let it wait for its adapters; raises as Engine.add.
+
+        With `snapshot`, which must have been checked, it goes on from there.
+        """
         if request.request_id in self._used:
             raise InvalidRequest(f"request id {request.request_id!r} is already in use")
         entries = [self._catalog.resolve(name) for name, _ in request.weighted_adapters]
@@ -60,7 +64,8 @@ class Reception:
         seed = request.params.seed
         if seed is None:
             seed = self._seeds.getrandbits(64)
-        arrival = Arrival(request, entries, seed, next(self._orders), time.monotonic())
+        arrived_s = time.monotonic() - (snapshot.waited_s if snapshot else 0.0)
+        arrival = Arrival(request, entries, seed, next(self._orders), arrived_s, snapshot)
         is_known = all(entry.info is not None for entry in entries)
         if is_known and not self._sequences.make(arrival)[1]:
             arrival.entries = entries = []
@@ -75,6 +80,10 @@ class Reception:
             self._schedule(arrival)
         else:
             self._arrivals.add(arrival)
+
+    def arrival_of(self, request_id: str) -> Arrival | None:
+        """A request that waits for its adapters; None if it does not."""
+        return self._arrivals.get(request_id)
 
     def abort(self, request_id: str) -> SequenceEvent | None:
         """End a request that waits for its adapters; None if it does not."""

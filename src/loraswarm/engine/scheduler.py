@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from loraswarm.adapters.adapter import AdapterInfo
 from loraswarm.core.events import ErrorInfo, FinishReason, SequenceEvent
 from loraswarm.core.sequence import AdapterKey, Sequence
+from loraswarm.engine.holdings import Holdings
 from loraswarm.engine.policies import Policy
 from loraswarm.engine.sequence_events import error_event, token_event
-from loraswarm.engine.step import ChunkResult, ScheduledChunk, Step
+from loraswarm.engine.step import ChunkResult, PageFill, ScheduledChunk, Step
 from loraswarm.engine.supply import AdapterSupply
-from loraswarm.errors import InvalidRequest
 from loraswarm.memory.adapter_cache import AdapterLoad
 from loraswarm.memory.memory import Memory
-from loraswarm.memory.prefix_cache import PrefixSalt
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,8 @@ class Scheduler:
     Invariants: a running sequence has its adapters pinned and pages for its tokens; a waiting one
     has neither, but its adapters are protected where they are. A running sequence whose adapters
     are still being copied into their pages computes nothing until `Memory.adapters` says that they
-    are ready. `max_step_tokens >= max_num_sequences`, so that every decode fits a step.
+    are ready. `max_step_tokens >= max_num_sequences`, so that every decode fits a step. A frozen
+    sequence keeps its place and what it holds, but computes nothing and does not start.
     """
 
     def __init__(
@@ -63,8 +63,9 @@ class Scheduler:
         self._clock = clock
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
-        self._infos: dict[str, tuple[AdapterInfo, ...]] = {}
+        self._holdings = Holdings(memory)
         self._loads: dict[AdapterKey, AdapterLoad] = {}
+        self._fills: list[PageFill] = []
         self._ahead: frozenset[Sequence] = frozenset()
         self._ended_ahead: list[Sequence] = []
         self.num_preemptions = 0
@@ -80,31 +81,55 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_frozen(self) -> int:
+        return sum(sequence.is_frozen for sequence in self._all())
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether all that is here is frozen."""
+        return all(sequence.is_frozen for sequence in self._all())
+
+    @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
     def max_sequence_tokens(self, infos: Seq[AdapterInfo], num_taken_pages: int = 0) -> int:
         """Tokens of the longest sequence that fits the pool beside its adapters, when
         `num_taken_pages` are taken for good."""
-        adapter_pages = sum(self._adapters.num_pages(info) for info in infos) + num_taken_pages
-        return max(0, self._memory.pool.num_pages - adapter_pages) * self._kv.page_tokens
+        return self._holdings.max_sequence_tokens(infos, num_taken_pages)
 
     def add(self, sequence: Sequence, infos: Seq[AdapterInfo]) -> None:
         """Queue a sequence, by its `order`, and the adapters of its mix. It must fit the empty pool
         (`max_sequence_tokens`)."""
-        assert sequence.adapter_keys == tuple(info.key for info in infos)
-        if sequence.request_id in self._infos:
-            raise InvalidRequest(f"request id {sequence.request_id!r} is already in use")
-        self._infos[sequence.request_id] = tuple(infos)
+        self._holdings.open(sequence, infos)
         self._queue(sequence)
+
+    def freeze(self, request_id: str) -> Sequence | None:
+        """Plan a sequence no more until `thaw`; None if it is not here.
+
+        If a decode finds no pages it is the first to give way: whoever froze it has what it loses.
+        """
+        sequence = self._find(request_id)
+        if sequence is not None:
+            assert sequence not in self._ahead, "a step is under way that computes it"
+            sequence.is_frozen = True
+        return sequence
+
+    def thaw(self, request_id: str) -> bool:
+        """Go on with a frozen sequence; False if it is not here or not frozen."""
+        sequence = self._find(request_id)
+        if sequence is None or not sequence.is_frozen:
+            return False
+        sequence.is_frozen = False
+        return True
 
     def abort(self, request_id: str) -> SequenceEvent | None:
         """End a request now and free what it holds; None if it is not here (already ended)."""
-        for sequence in self._all():
-            if sequence.request_id == request_id:
-                self._end(sequence)
-                return SequenceEvent(request_id=request_id, finish_reason="abort")
-        return None
+        sequence = self._find(request_id)
+        if sequence is None:
+            return None
+        self._end(sequence)
+        return SequenceEvent(request_id=request_id, finish_reason="abort")
 
     def abort_all(self) -> list[SequenceEvent]:
         """Abort every request."""
@@ -119,17 +144,18 @@ class Scheduler:
         may be empty while adapters are on their way.
         """
         assert not self._ahead, "a step is under way that was foreseen"
-        self._loads = {}
+        self._loads, self._fills = {}, []
         planned = self._choose(only)
         if not planned and only is not None:
             planned = self._choose(None)
         chunks = tuple(ScheduledChunk(sequence, count) for sequence, count in planned.items())
-        return Step(chunks, tuple(self._loads.values()), tuple(self._memory.take_dropped()))
+        loads, dropped = tuple(self._loads.values()), tuple(self._memory.take_dropped())
+        return Step(chunks, loads, dropped, tuple(self._fills))
 
     def _choose(self, only: Container[str] | None) -> dict[Sequence, int]:
         """Sequences of the next step and how many tokens of each."""
         planned: dict[Sequence, int] = {}
-        ready = [s for s in self._running if self._is_ready(s) and _is_among(s, only)]
+        ready = [s for s in self._running if self._is_ready(s) and _may_go_on(s, only)]
         preempted = self._plan_decodes(ready, planned)
         budget = self._limits.num_tokens - len(planned)
         for sequence in ready:
@@ -146,8 +172,10 @@ class Scheduler:
         False, and nothing changed, if it is not what `plan` would choose, or free pages are short.
         Until `settle` its sequences keep what they hold, also if they end.
         """
-        may_admit = bool(self._waiting) and len(self._running) < self._limits.num_sequences
-        if self._ended_ahead or may_admit or len(step.chunks) != len(self._running):
+        has_seat = len(self._running) < self._limits.num_sequences
+        may_admit = has_seat and any(not sequence.is_frozen for sequence in self._waiting)
+        num_computing = sum(not sequence.is_frozen for sequence in self._running)
+        if self._ended_ahead or may_admit or len(step.chunks) != num_computing:
             return False
         ends = [(chunk.sequence.request_id, chunk.end) for chunk in step.chunks]
         num_missing = sum(self._kv.num_missing_pages(*end) for end in ends)
@@ -162,7 +190,7 @@ class Scheduler:
         """No step is under way: what has ended meanwhile gives back what it holds."""
         ended, self._ended_ahead, self._ahead = self._ended_ahead, [], frozenset()
         for sequence in ended:
-            self._release(sequence)
+            self._holdings.give_back(sequence)
 
     def fail_adapters(self, failures: Mapping[AdapterKey, ErrorInfo]) -> list[SequenceEvent]:
         """End every sequence with an adapter that will never be there."""
@@ -189,14 +217,15 @@ class Scheduler:
         return events
 
     def open_sequences(self) -> list[tuple[Sequence, bool]]:
-        """Every sequence in order of arrival, and whether it runs."""
+        """Every sequence that is not frozen, in order of arrival, and whether it runs."""
         found = [(sequence, True) for sequence in self._running]
         found += [(sequence, False) for sequence in self._waiting]
-        return sorted(found, key=lambda pair: pair[0].order)
+        computing = [pair for pair in found if not pair[0].is_frozen]
+        return sorted(computing, key=lambda pair: pair[0].order)
 
     def needs(self) -> int:
         """Pages of the sequence here that needs the most, its adapters included."""
-        return max((self._num_pages_at_end(sequence) for sequence in self._all()), default=0)
+        return max(map(self._holdings.num_pages_at_end, self._all()), default=0)
 
     def adapters_in_use(self) -> tuple[Counter[str], Counter[str]]:
         """Running and waiting sequences by the names of their adapters."""
@@ -229,6 +258,9 @@ class Scheduler:
     def _all(self) -> list[Sequence]:
         return [*self._running, *self._waiting]
 
+    def _find(self, request_id: str) -> Sequence | None:
+        return next((each for each in self._all() if each.request_id == request_id), None)
+
     def _is_ready(self, sequence: Sequence) -> bool:
         return all(self._adapters.is_ready(key) for key in sequence.adapter_keys)
 
@@ -242,7 +274,8 @@ class Scheduler:
                     self._kv.reserve(sequence.request_id, len(sequence.token_ids))
                     planned[sequence] = 1
                     break
-                victim = self._policy.victim(self._running)
+                frozen = [each for each in self._running if each.is_frozen]
+                victim = self._policy.victim(frozen or self._running)
                 self._preempt(victim)
                 planned.pop(victim, None)
                 preempted.add(victim)
@@ -256,7 +289,7 @@ class Scheduler:
         One whose adapters are not at hand is passed over; one that does not fit holds up those
         behind it, so that it is not overtaken for ever.
         """
-        allowed = [sequence for sequence in self._waiting if _is_among(sequence, only)]
+        allowed = [sequence for sequence in self._waiting if _may_go_on(sequence, only)]
         waiting = [sequence for sequence in allowed if self._is_at_hand(sequence)]
         while waiting and budget > 0 and len(self._running) < self._limits.num_sequences:
             sequence = self._policy.next_waiting(waiting)
@@ -286,52 +319,24 @@ class Scheduler:
         return not absent
 
     def _try_start(self, sequence: Sequence) -> bool:
-        """Pin the adapters and take pages for all known tokens and one more, or change nothing."""
-        request_id = sequence.request_id
-        infos = self._infos[request_id]
-        resident = [info for info in infos if self._adapters.is_resident(info.key)]
-        absent = [info for info in infos if not self._adapters.is_resident(info.key)]
-        for info in resident:
-            self._adapters.pin(info)
-        num_cached = self._reuse_prefix(sequence)
-        num_tokens = min(len(sequence.token_ids) + 1, sequence.num_prompt + sequence.max_tokens)
-        num_kv_pages = self._kv.num_missing_pages(request_id, num_tokens)
-        num_pages = sum(self._adapters.num_load_pages(info) for info in absent) + num_kv_pages
-        if not self._memory.has_room(num_pages):
-            self._kv.free(request_id)
-            for info in resident:
-                self._adapters.unpin(info.key, was_used=False)
+        """Let it run with all that it must hold, or change nothing."""
+        taken = self._holdings.try_take(sequence)
+        if taken is None:
             return False
-        self._memory.make_room(num_kv_pages)
-        self._kv.reserve(request_id, num_tokens)
-        for info in absent:
-            load, _ = self._memory.pin_adapter(info)
-            if load is not None:
-                self._loads[info.key] = load
-        self._start(sequence, num_cached)
-        return True
-
-    def _reuse_prefix(self, sequence: Sequence) -> int:
-        """Take the pages of the longest known prefix; returns their tokens. The last token is
-        always computed, and every token whose log-probability is wanted."""
-        num_reusable = len(sequence.token_ids) - 1
-        if sequence.request.params.prompt_logprobs is not None:
-            num_reusable = 0
-        salt = PrefixSalt(sequence.mix, sequence.first_adapted)
-        return self._kv.begin(sequence.request_id, sequence.token_ids, salt, num_reusable)
-
-    def _start(self, sequence: Sequence, num_cached: int) -> None:
+        self._loads |= {load.info.key: load for load in taken.loads}
+        self._fills += taken.fills
         self._waiting.remove(sequence)
         self._running.append(sequence)
         for key in sequence.adapter_keys:
             self._adapters.unprotect(key)
             self._supply.release(key)
-        sequence.num_computed = num_cached
+        sequence.num_computed, sequence.brought = taken.num_computed, None
         self.num_prefix_asked_tokens += len(sequence.token_ids)
-        self.num_prefix_hit_tokens += num_cached
+        self.num_prefix_hit_tokens += taken.num_cached
         if sequence.queue_s is None:
-            sequence.num_cached = min(num_cached, sequence.num_prompt)
+            sequence.num_cached = min(taken.num_cached, sequence.num_prompt)
             sequence.queue_s = self._clock() - sequence.arrived_s
+        return True
 
     def _queue(self, sequence: Sequence) -> None:
         insort(self._waiting, sequence, key=lambda waiting: waiting.order)
@@ -346,12 +351,6 @@ class Scheduler:
         sequence.num_computed = 0
         self._queue(sequence)
         self.num_preemptions += 1
-
-    def _num_pages_at_end(self, sequence: Sequence) -> int:
-        tokens = sequence.num_prompt + sequence.max_tokens
-        infos = self._infos[sequence.request_id]
-        num_kv_pages = -(-tokens // self._kv.page_tokens)
-        return num_kv_pages + sum(self._adapters.num_pages(info) for info in infos)
 
     def _commit_chunk(self, chunk: ScheduledChunk, result: ChunkResult) -> SequenceEvent | None:
         sequence = chunk.sequence
@@ -384,16 +383,14 @@ class Scheduler:
             for key in sequence.adapter_keys:
                 self._adapters.unprotect(key)
                 self._supply.release(key)
-        del self._infos[sequence.request_id]
+        self._holdings.close(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         if sequence in self._ahead:
             self._ended_ahead.append(sequence)
-            return
-        self._kv.free(sequence.request_id)
-        for key in sequence.adapter_keys:
-            self._adapters.unpin(key)
+        else:
+            self._holdings.give_back(sequence)
 
 
-def _is_among(sequence: Sequence, only: Container[str] | None) -> bool:
-    return only is None or sequence.request_id in only
+def _may_go_on(sequence: Sequence, only: Container[str] | None) -> bool:
+    return not sequence.is_frozen and (only is None or sequence.request_id in only)

@@ -11,6 +11,7 @@ from loraswarm.adapters.adapter import AdapterInfo
 from loraswarm.core.client import EngineInfo
 from loraswarm.core.request import Request, check_context
 from loraswarm.core.sequence import Sequence
+from loraswarm.engine.adoption import check_adapters, restore_
 from loraswarm.engine.arrivals import Arrival
 from loraswarm.engine.mixing import first_adapted, resolve_mix
 from loraswarm.engine.scheduler import Scheduler
@@ -38,7 +39,8 @@ class SequenceMaker:
     def make(self, arrival: Arrival) -> tuple[Sequence, list[AdapterInfo]]:
         """The sequence and the adapters that it uses: none, if they act on no token of it.
 
-        Raises   InvalidRequest if the adapters cannot be combined or it can never fit with them.
+        Raises   InvalidRequest if the adapters cannot be combined, it can never fit with them, or
+                 they are not those of its snapshot.
         """
         request, params = arrival.request, arrival.request.params
         infos = [entry.info for entry in arrival.entries if entry.info is not None]
@@ -60,7 +62,11 @@ class SequenceMaker:
             first_adapted=start,
             order=arrival.order,
             arrived_s=arrival.arrived_s,
+            is_frozen=arrival.is_frozen,
         )
+        if arrival.snapshot is not None:
+            check_adapters(arrival.snapshot, infos)
+            restore_(sequence, arrival.snapshot)
         return sequence, infos
 
     def _check_lengths(self, request: Request, infos: list[AdapterInfo]) -> int:

@@ -24,7 +24,7 @@ from loraswarm.core.base_shape import BaseShape
 from loraswarm.core.client import EngineInfo
 from loraswarm.core.cost_model import CostFigures
 from loraswarm.engine.devices import load_kernels, memory_report, resolve_device, set_threads
-from loraswarm.engine.engine import Engine, EngineParts
+from loraswarm.engine.engine import Engine
 from loraswarm.engine.loader import Loader, ThreadLoader
 from loraswarm.engine.loader_jobs import JobFailed, ScanDone, ScanJob
 from loraswarm.engine.loader_process import ProcessLoader
@@ -39,6 +39,7 @@ from loraswarm.engine.merge_setup import (
 )
 from loraswarm.engine.merging import Merger
 from loraswarm.engine.model_runner import ModelRunner
+from loraswarm.engine.parts import EngineParts
 from loraswarm.engine.policies import FirstComeFirstServed
 from loraswarm.engine.residency import Residency
 from loraswarm.engine.scheduler import Scheduler, StepLimits

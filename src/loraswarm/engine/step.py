@@ -40,16 +40,25 @@ class ScheduledChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class PageFill:
+    """K and V of another engine that go into a page of this one."""
+
+    page: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """What one iteration does.
 
     `dropped` adapters are gone from their pages; `loads` may then be written into theirs, beside
-    this step and later ones; `chunks` run now.
+    this step and later ones; `fills` are written before anything is computed; `chunks` run now.
     """
 
     chunks: tuple[ScheduledChunk, ...]
     loads: tuple[AdapterLoad, ...] = ()
     dropped: tuple[AdapterKey, ...] = ()
+    fills: tuple[PageFill, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -68,6 +68,26 @@ class PageBuffer:
         if self._staging is not None and moment is not None:
             self._staging.wait_for(moment)
 
+    @property
+    def layout(self) -> str:
+        """What must be the same for a page's K and V to mean the same elsewhere."""
+        _, num_layers, _, num_heads, page_tokens, head_size = self.pages.shape
+        dtype = str(self.pool.dtype).removeprefix("torch.")
+        return (
+            f"dtype={dtype} layers={num_layers} kv_heads={num_heads} page_tokens={page_tokens}"
+            f" head_size={head_size} page_bytes={self.geometry.page_bytes}"
+        )
+
+    def read_page(self, page: int) -> bytes:
+        """The bytes of a page. Waits for the device: for all that was launched there before."""
+        return self._bytes_of(page).cpu().numpy().tobytes()
+
+    def write_page(self, page: int, data: bytes) -> None:
+        """Set the bytes of a page, which no step under way may use; done when it returns, on a
+        device too."""
+        assert len(data) == self.geometry.page_bytes
+        self._bytes_of(page).copy_(torch.from_numpy(np.frombuffer(data, np.uint8).copy()))
+
     def copy_pieces(self, image: np.ndarray, packing: Packing, starts: Sequence[int]) -> None:
         """Copy an image (memory/image) to where its pieces begin, in elements of `pool`.
 
@@ -84,6 +104,10 @@ class PageBuffer:
         out = self._bytes.numpy()
         for source, target in copies:
             out[target] = image[source]
+
+    def _bytes_of(self, page: int) -> Tensor:
+        begin = page * self.geometry.page_bytes
+        return self._bytes[begin : begin + self.geometry.page_bytes]
 
 
 def _copies(

@@ -13,6 +13,7 @@ import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
+from loraswarm.cluster.front import ClusterClient
 from loraswarm.config import ServerConfig
 from loraswarm.core.admin import PinAdapter, PrefetchAdapter, RescanAdapters, UnpinAdapter
 from loraswarm.core.client import EngineClient
@@ -24,6 +25,7 @@ from loraswarm.server.errors import install_error_handlers
 from loraswarm.server.listing import list_models, show_model
 from loraswarm.server.lora_endpoints import load_lora_adapter, unload_lora_adapter
 from loraswarm.server.metrics import RequestMetrics
+from loraswarm.server.replicas import add_replicas, list_replicas, remove_replica
 from loraswarm.server.scrape import Scraper
 from loraswarm.server.service import Service
 from loraswarm.text.tokenizer import Tokenizer
@@ -38,6 +40,8 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, config: ServerConfig)
     _add_openai_routes(app, service)
     _add_adapter_routes(app, service)
     _add_health_routes(app, client)
+    if isinstance(client, ClusterClient):
+        _add_replica_routes(app, client)
     _add_metrics_route(app, Scraper(client, metrics))
     if config.api_key is not None:
         app.add_middleware(RequireApiKey, api_key=config.api_key, count=metrics.count_error)
@@ -94,6 +98,20 @@ def _add_adapter_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/adapters/{name:path}/prefetch")
     async def prefetch(name: str, request: Request) -> Response:
         return await administer(service, request, PrefetchAdapter(name))
+
+
+def _add_replica_routes(app: FastAPI, client: ClusterClient) -> None:
+    @app.get("/v1/replicas")
+    async def replicas() -> Response:
+        return list_replicas(client)
+
+    @app.post("/v1/replicas")
+    async def add(request: Request) -> Response:
+        return await add_replicas(client, request)
+
+    @app.delete("/v1/replicas/{replica_id}")
+    async def remove(replica_id: str, request: Request) -> Response:
+        return await remove_replica(client, replica_id, request)
 
 
 def _add_metrics_route(app: FastAPI, scraper: Scraper) -> None:

@@ -1,0 +1,77 @@
+"""What becomes of a request whose replica dies with it.
+
+It is run again elsewhere from its prompt and the tokens that its client has. One that may itself be
+what kills replicas runs on trial, alone among such, until it gets a token or has killed another:
+those that merely were beside it are not blamed. Used by the front's streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from loraswarm.cluster.open_requests import OpenRequest
+from loraswarm.core.events import SequenceEvent
+from loraswarm.core.snapshot import SequenceSnapshot
+from loraswarm.errors import EngineError
+
+LOSSES_BEFORE_TRIAL = 2
+log = logging.getLogger(__name__)
+
+
+def is_loss(event: SequenceEvent) -> bool:
+    """Is it the replica's end and not the request's? A refusal or a bad adapter is the request's.
+
+    Nobody aborts a request whose client listens but a replica that stops or has given it away.
+    """
+    if event.error is not None:
+        return event.error.error_type == EngineError.error_type
+    return event.finish_reason == "abort"
+
+
+def snapshot_of(held: OpenRequest) -> SequenceSnapshot:
+    """What another replica needs to go on after the last token that the client has."""
+    return SequenceSnapshot(
+        request=held.request,
+        output_token_ids=tuple(held.token_ids),
+        adapter_digests=held.digests,
+    )
+
+
+class Suspects:
+    """Requests that were on replicas when these died, again and again without a token."""
+
+    def __init__(self) -> None:
+        self._trial = asyncio.Lock()
+        self._tried: OpenRequest | None = None
+
+    def note_loss(self, held: OpenRequest) -> None:
+        """Its replica has died.
+
+        Raises   EngineError if the request is to blame and must not be run again.
+        """
+        if len(held.token_ids) > held.num_tokens_at_loss:
+            held.num_losses = 0
+        held.num_tokens_at_loss = len(held.token_ids)
+        held.num_losses += 1
+        was_on_trial = self._tried is held
+        self.acquit(held)
+        if not was_on_trial or held.num_losses <= LOSSES_BEFORE_TRIAL:
+            return
+        log.error("request=%s blamed num_losses=%d", held.request_id, held.num_losses)
+        raise EngineError(
+            f"{held.num_losses} engines in turn have ended while they ran this request, the last"
+            " one with no other such request beside it; it is not tried again"
+        )
+
+    async def begin(self, held: OpenRequest) -> None:
+        """Before it is run again: if it is suspected, wait until no other such one is on trial."""
+        if held.num_losses >= LOSSES_BEFORE_TRIAL and self._tried is not held:
+            await self._trial.acquire()
+            self._tried = held
+
+    def acquit(self, held: OpenRequest) -> None:
+        """It has got a token, or has ended."""
+        if self._tried is held:
+            self._tried = None
+            self._trial.release()

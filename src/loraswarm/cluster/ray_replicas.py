@@ -1,0 +1,228 @@
+"""Replicas as Ray actors: one around each engine process, anywhere in a Ray cluster.
+
+The one module that knows Ray, which places the actors, sees their deaths, and carries K and V from
+one to the other without a stop here. The engine's own messages go through the actor as bytes, many
+at a time; ChildEngineClient at this end is the same as for a child process. A Ray that is not
+installed is a ConfigError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from loraswarm.cluster.ray_actor import EngineActor, Frames
+from loraswarm.cluster.replicas import EngineReplica, Replica, StartReplica
+from loraswarm.config import EngineConfig
+from loraswarm.engine.child_client import ChildEngineClient
+from loraswarm.errors import ConfigError, EngineError
+
+KILL_GRACE_S = 2.0
+MAX_KEPT_KV = 256
+DIED = -9
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RayOptions:
+    """`address` of a running cluster ("auto" finds one on this machine), or None for one of our
+    own, on this machine, that ends with us. Each replica takes `num_cpus` cores and `num_gpus`
+    devices; our own cluster says it has cores for `max_replicas`."""
+
+    address: str | None = None
+    num_cpus: int = 1
+    num_gpus: float = 0.0
+    max_replicas: int = 1
+
+
+@contextlib.contextmanager
+def ray_cluster(options: RayOptions) -> Iterator[None]:
+    """Start or join a cluster until the block ends.
+
+    Raises   ConfigError if Ray is not installed or the cluster cannot be reached.
+    """
+    ray = _ray()
+    # A path of sockets may not be long.
+    directory = tempfile.mkdtemp(prefix="lsw-", dir="/tmp")
+    own = {
+        "address": "local",
+        "num_cpus": max(os.cpu_count() or 1, options.num_cpus * options.max_replicas),
+        "include_dashboard": False,
+        "_temp_dir": directory,
+    }
+    try:
+        with contextlib.suppress(KeyError):
+            del os.environ["RAY_ADDRESS"]  # it would win over what was asked for
+        with contextlib.redirect_stdout(sys.stderr):  # it prints hints
+            ray.init(
+                **(own if options.address is None else {"address": options.address}),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        where = options.address or "a cluster of its own"
+        raise ConfigError(f"cannot use Ray at {where} (--ray-address): {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def ray_starter(
+    config: EngineConfig, options: RayOptions, report: Callable[[str], None]
+) -> StartReplica:
+    """Starts replicas in the cluster that `ray_cluster` has opened; `report` gets each line about a
+    start, with the replica's id."""
+    ray = _ray()
+    kept = KeptKV()
+    # Whoever notices a death here starts another one; Ray must not do so too.
+    actor_class = ray.remote(
+        num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0, max_task_retries=0
+    )(EngineActor)
+
+    async def start(replica_id: str) -> Replica:
+        process = RayProcess(actor_class.remote(), kept)
+        await process.start()
+        client = await ChildEngineClient.start_over(
+            process, config, lambda line: report(f"{replica_id}: {line}")
+        )
+        return EngineReplica(replica_id, client, config)
+
+    return start
+
+
+class KeptKV:
+    """K and V in Ray's store that a snapshot here stands for, by the key in their place."""
+
+    def __init__(self, max_kept: int = MAX_KEPT_KV) -> None:
+        self._max_kept = max_kept
+        self._refs: OrderedDict[bytes, Any] = OrderedDict()
+
+    def keep(self, refs: dict[bytes, Any]) -> None:
+        """What a move has not used leaves after many others."""
+        self._refs.update(refs)
+        while len(self._refs) > self._max_kept:
+            self._refs.popitem(last=False)
+
+    def take(self, command: bytes) -> dict[bytes, Any]:
+        """Those that a command speaks of."""
+        found = [key for key in self._refs if key in command]
+        return {key: self._refs.pop(key) for key in found}
+
+
+class RayProcess:
+    """The way to an engine's process through its actor: an EngineTransport."""
+
+    def __init__(self, actor: Any, kept: KeptKV) -> None:
+        self._actor = actor
+        self._kept = kept
+        self._pid = 0
+        self._returncode: int | None = None
+        self._ended = asyncio.Event()
+        self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
+        self._incoming: asyncio.Queue[bytes] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Wait until Ray has placed the actor and it has started its process.
+
+        Raises   EngineError if Ray cannot.
+        """
+        try:
+            self._pid = await self._actor.start.remote()
+        except BaseException as error:
+            _ray().kill(self._actor)
+            if isinstance(error, Exception):
+                raise EngineError(f"Ray could not start a replica: {error}") from error
+            raise
+        self._tasks = [asyncio.create_task(work) for work in (self._send_all(), self._poll())]
+
+    @property
+    def pid(self) -> int:
+        return self._pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._returncode
+
+    def send(self, command: bytes) -> None:
+        self._outgoing.put_nowait(command)
+
+    async def receive(self) -> bytes:
+        return await self._incoming.get()
+
+    async def wait(self) -> None:
+        await self._ended.wait()
+
+    def kill(self) -> None:
+        """The engine first, which would outlive an actor that is killed while it hangs."""
+        if self._returncode is None:
+            self._tasks.append(asyncio.create_task(self._kill()))
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        _ray().kill(self._actor)
+
+    async def _kill(self) -> None:
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._actor.kill_engine.remote(), KILL_GRACE_S)
+            await asyncio.wait_for(self._ended.wait(), KILL_GRACE_S)
+            return
+        _ray().kill(self._actor)
+        self._end(DIED)
+
+    async def _send_all(self) -> None:
+        """What has gathered during one call goes with the next, in order."""
+        with contextlib.suppress(Exception):  # the actor's death, which `_poll` sees too
+            while True:
+                commands = [await self._outgoing.get()]
+                while not self._outgoing.empty():
+                    commands.append(self._outgoing.get_nowait())
+                refs: dict[bytes, Any] = {}
+                for command in commands:
+                    refs |= self._kept.take(command)
+                # Within a list Ray does not fetch what a reference stands for.
+                await self._actor.send.remote(commands, [refs])
+
+    async def _poll(self) -> None:
+        """Replies as they come, all at once that have; then the process's end."""
+        try:
+            while self._returncode is None:
+                frames: Frames = await self._actor.receive.remote()
+                self._kept.keep(frames.kv)
+                for reply in frames.replies:
+                    self._incoming.put_nowait(reply)
+                if frames.returncode is not None:
+                    self._end(frames.returncode)
+        except Exception as error:
+            log.warning("replica's actor is gone: %s", type(error).__name__)
+            self._end(DIED)
+
+    def _end(self, returncode: int) -> None:
+        if self._returncode is None:
+            self._returncode = returncode
+            self._ended.set()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError(
+            "replicas need Ray, which is not installed: pip install 'loraswarm[cluster]'"
+        ) from None
+    return ray

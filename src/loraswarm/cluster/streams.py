@@ -1,0 +1,103 @@
+"""The one stream of events that a client gets, whichever replicas compute it in turn.
+
+Owns the order: place, send, forward, and again from where the client is when a replica dies or
+gives the request away. Used by the front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from loraswarm.cluster.admission import Admission
+from loraswarm.cluster.failover import Suspects, is_loss, snapshot_of
+from loraswarm.cluster.fleet import Fleet
+from loraswarm.cluster.open_requests import OpenRequest, OpenRequests
+from loraswarm.cluster.replicas import Replica
+from loraswarm.core.events import ErrorInfo, SequenceEvent
+from loraswarm.errors import LoRASwarmError
+
+Events = AsyncGenerator[SequenceEvent, None]
+
+
+class Streams:
+    """Runs open requests to their ends."""
+
+    def __init__(self, fleet: Fleet, requests: OpenRequests, admission: Admission) -> None:
+        self._fleet = fleet
+        self._requests = requests
+        self._admission = admission
+        self._suspects = Suspects()
+
+    async def run(self, held: OpenRequest) -> Events:
+        """The request's events: no token twice or left out, exactly one terminal event."""
+        try:
+            while held.is_open:
+                async with aclosing(await self._next_stream(held)) as stream:
+                    async for event in stream:
+                        if is_loss(event):
+                            break
+                        yield self._take(held, event)
+                        if event.finish_reason is not None:
+                            return
+                await self._note_end(held)
+        except LoRASwarmError as error:
+            yield SequenceEvent(
+                request_id=held.request_id, finish_reason="error", error=ErrorInfo.of(error)
+            )
+        finally:
+            self._suspects.acquit(held)
+
+    async def _next_stream(self, held: OpenRequest) -> Events:
+        """Of the replica that has adopted it, or of one that is given it now."""
+        handover, held.handover = held.handover, None
+        if handover is not None:
+            if handover.num_tokens == len(held.token_ids):
+                return handover.stream
+            await handover.stream.aclose()  # the source died before it had sent its last ones
+        while True:
+            await self._suspects.begin(held)
+            replica = await self._admission.place(held)
+            if not held.token_ids:
+                held.digests = _digests(replica, held)
+                return replica.generate(held.request)
+            try:
+                return await replica.adopt(snapshot_of(held))
+            except LoRASwarmError:
+                if replica.is_alive:
+                    raise
+            self._note_loss(held)
+
+    async def _note_end(self, held: OpenRequest) -> None:
+        """A stream has ended without the request's end."""
+        owner = held.replica_id
+        await held.settled.wait()
+        if held.handover is None:
+            assert owner == held.replica_id, held.request_id
+            self._note_loss(held)
+
+    def _note_loss(self, held: OpenRequest) -> None:
+        owner = held.replica_id or ""
+        self._requests.displace(held)
+        replica = self._fleet.replicas.get(owner)
+        if replica is not None and owner in self._fleet.leaving:
+            return  # it was sent away, which is nobody's fault
+        self._fleet.note_death(owner)
+        self._suspects.note_loss(held)
+
+    def _take(self, held: OpenRequest, event: SequenceEvent) -> SequenceEvent:
+        if event.token_ids:
+            if held.digests is None and not held.token_ids:
+                held.digests = _digests(self._fleet.replicas.get(held.replica_id or ""), held)
+            self._suspects.acquit(held)
+        return self._requests.take(held, event)
+
+
+def _digests(replica: Replica | None, held: OpenRequest) -> tuple[str, ...] | None:
+    """What the replica serves by the names of the request's adapters; None before it is known."""
+    if replica is None:
+        return None
+    known = replica.adapters
+    names = [name for name, _ in held.request.weighted_adapters]
+    digests = tuple(known[name].digest if name in known else "" for name in names)
+    return digests if all(digests) else None
