@@ -268,6 +268,16 @@ def test_an_unload_waits_for_a_frozen_request_until_it_is_released(tmp_path):
     assert_nothing_left(engine)
 
 
+def test_an_answer_without_limit_is_as_long_as_it_would_have_been(swarm, target):
+    request = replace(FIRST, params=replace(LONG, max_tokens=None))
+    source = make_engine(swarm, max_model_len=100)
+    tokens = advanced(source, request, 3)
+    tokens += rest_in(target, take(source, "first"))
+    assert len(tokens) == 100 - len(FIRST.prompt_token_ids)
+    assert source.thaw("first")
+    assert tokens[3:] == tokens_of(finish(source)["first"])
+
+
 def test_the_wait_at_the_source_counts(target):
     snapshot = SequenceSnapshot(request=FIRST, waited_s=1000.0)
     target.adopt(snapshot)

@@ -66,6 +66,21 @@ def test_a_step_ahead_is_waited_for_and_its_tokens_are_in_the_snapshot(swarm, mo
     assert {name: tokens_of(events) for name, events in found.items()} == expected
 
 
+@pytest.mark.parametrize("mode", ["early", "late"])
+def test_a_request_that_ends_with_the_step_ahead_cannot_be_frozen_any_more(swarm, mode):
+    engine = look_ahead_engine(swarm, mode)
+    (request, *_) = requests(replace(LONG, max_tokens=6))
+    engine.add(request)
+    tokens = []
+    while len(tokens) < 5:
+        tokens += tokens_of(engine.step())
+    assert engine._look_ahead.step is not None
+    snapshot, (event,) = engine.freeze("r0", with_kv=True)
+    assert snapshot is None
+    assert event.finish_reason == "length"
+    assert_nothing_left(engine)
+
+
 @pytest.mark.parametrize("where", ["source", "target", "both"])
 def test_merged_weights_on_either_side_give_the_same_tokens(swarm, where):
     source, target = (merging_engine(swarm) for _ in range(2))
