@@ -3,13 +3,13 @@ same answer as undisturbed, with its K and V and without, and nothing is left be
 
 from __future__ import annotations
 
-from dataclasses import replace
 from random import Random
 
 import pytest
 
 from adapter_factory import save_random_adapter
 from engine_factory import make_engine, make_request, prompt_of, run, save_swarm, tokens_of
+from frozen_cases import assert_nothing_left, renamed, take
 from loraswarm.core.request import Request, SamplingParams
 from loraswarm.models.families import decoder_config
 from loraswarm.models.source import read_config
@@ -99,18 +99,6 @@ def what_was_said(events) -> tuple:
     return tokens_of(events), logprobs, ranks, ends, events[-1].stop_token_id, num_starts
 
 
-def assert_nothing_left(engine) -> None:
-    engine.check()
-    stats, pool = engine.stats(), engine._memory.pool
-    assert (stats.num_running, stats.num_waiting, stats.num_frozen) == (0, 0, 0)
-    assert (stats.num_kv_pages, stats.num_pinned_adapters) == (0, 0)
-    num_held = stats.num_prefix_pages + stats.num_adapter_pages
-    assert stats.num_free_pages + num_held == pool.num_pages
-    assert not engine._reception.open_ids
-    assert not engine._residency._users
-    assert not engine._memory.adapters._protected
-
-
 def test_these_requests_are_not_alike(undisturbed):
     said = {name: what_was_said(events) for name, events in undisturbed.items()}
     assert len({tuple(tokens) for tokens, *_ in said.values()}) == len(REQUESTS)
@@ -129,13 +117,12 @@ def test_a_copy_taken_at_every_token_goes_on_with_the_same_ones(engines, undistu
     start(source)
     while source.has_work:
         for name in source._reception.open_ids:
-            snapshot, events = source.freeze(name, with_kv)
-            assert not events  # no step is under way on the CPU
+            snapshot = take(source, name, with_kv)
             assert source.thaw(name)
             num_snapshots += 1
             if num_snapshots % 3 == 0:
-                copy = replace(snapshot.request, request_id=f"{name} {num_snapshots}")
-                copies[copy.request_id] = replace(snapshot, request=copy)
+                copy = renamed(snapshot, f"{name} {num_snapshots}")
+                copies[copy.request_id] = copy
         for event in source.step():
             found[event.request_id].append(event)
         source.check()
@@ -170,7 +157,7 @@ def test_requests_that_change_engines_with_every_token_answer_as_undisturbed(
         for event in owner.step():
             found[event.request_id].append(event)
         for name in owner._reception.open_ids:
-            snapshot, _ = owner.freeze(name, with_kv)
+            snapshot = take(owner, name, with_kv)
             assert snapshot.output_token_ids == tuple(tokens_of(found[name]))
             other.adopt(snapshot)
             assert owner.release(name)
