@@ -8,7 +8,7 @@ from typing import Literal
 
 from loraswarm.cluster.replicas import Replica
 from loraswarm.core.admin import AdapterState, ScanReport, Tier
-from loraswarm.core.client import AdapterSummary, EngineStats, TimeTotals
+from loraswarm.core.client import AdapterSummary, EngineStats, MergeState, TimeTotals
 
 TIERS: tuple[Tier, ...] = ("device", "host", "store")
 State = Literal["served", "pending", "refused", "unloaded"]
@@ -98,6 +98,8 @@ def merge_stats(stats: Sequence[EngineStats]) -> EngineStats:
         values = [getattr(one, field.name) for one in stats]
         if field.name == "loads":
             merged[field.name] = _merge_loads(values)
+        elif field.name == "merging":
+            merged[field.name] = _merge_merging([one for one in values if one is not None])
         elif field.name.endswith("_adapters") and field.type == "tuple[str, ...]":
             merged[field.name] = tuple(sorted({name for names in values for name in names}))
         else:
@@ -112,9 +114,20 @@ def only_totals(stats: EngineStats) -> EngineStats:
         for field in dataclasses.fields(EngineStats)
         if field.name.startswith("total_") or field.name == "loads"
     }
+    if stats.merging is not None:
+        total = stats.merging.total_switches
+        kept["merging"] = dataclasses.replace(NOTHING_MERGED, total_switches=total)
     return dataclasses.replace(NOTHING, **kept)
 
 
+NOTHING_MERGED = MergeState(
+    target=None,
+    share=0.0,
+    num_merged_linears=0,
+    merged_bytes=0,
+    reserved_bytes=0,
+    total_switches=0,
+)
 NOTHING = EngineStats(
     num_waiting=0,
     num_running=0,
@@ -137,6 +150,20 @@ def _merge_loads(found: Sequence[Mapping[str, TimeTotals]]) -> dict[str, TimeTot
                 num_bytes=old.num_bytes + add.num_bytes,
             )
     return merged
+
+
+def _merge_merging(states: Sequence[MergeState]) -> MergeState | None:
+    """Counts and bytes added up; a target and its share, only if all that have one have the same."""
+    if not states:
+        return None
+    shares = {one.target: one.share for one in states if one.target is not None}
+    is_one = len(shares) == 1
+    sums = ("num_merged_linears", "merged_bytes", "reserved_bytes", "total_switches")
+    return MergeState(
+        target=next(iter(shares)) if is_one else None,
+        share=sum(one.share for one in states) / len(states) if is_one else 0.0,
+        **{name: sum(getattr(one, name) for one in states) for name in sums},
+    )
 
 
 def _rank(summary: AdapterSummary) -> tuple[bool, bool, int]:
