@@ -41,11 +41,13 @@ def engine_config(path: Path, **options: Any) -> EngineConfig:
 
 
 @asynccontextmanager
-async def local_cluster(config: EngineConfig, num_replicas: int, **limits: float):
+async def local_cluster(
+    config: EngineConfig, num_replicas: int, router: str = "least-loaded", **limits: float
+):
     """A front over so many engine processes."""
     options = FrontOptions(num_replicas=num_replicas, seed=0, fleet=FleetLimits(**limits))
     client = ClusterClient(
-        local_starter(config, lambda _: None), make_router("least-loaded"), empty_view(), options
+        local_starter(config, lambda _: None), make_router(router), empty_view(), options
     )
     await client.open()
     try:

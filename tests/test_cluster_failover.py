@@ -17,6 +17,7 @@ from cluster_factory import (
     until,
 )
 from fake_replica import POISON, answer_of
+from loraswarm.core.admin import LoadAdapter
 from loraswarm.core.request import SamplingParams
 from virtual_time import run_virtually
 
@@ -88,6 +89,20 @@ def test_a_hung_replica_is_killed_and_replaced_and_its_requests_go_on():
                 assert tokens_of(events) == answer_of(one)
             assert not starter.started[0].is_alive
             await until(lambda: len(client.fleet.replicas) == 2)
+
+    run_virtually(main())
+
+
+def test_a_replica_that_hangs_while_it_is_idle_is_replaced_and_commands_reach_its_successor():
+    async def main():
+        starter = Starter()
+        async with cluster(starter, num_replicas=2, hang_s=5, idle_ping_s=10) as client:
+            starter.started[0].hang()
+            state = await client.administer(LoadAdapter("new", "/new"))
+            assert state.state == "served"
+            assert not starter.started[0].is_alive
+            await until(lambda: len(client.fleet.replicas) == 2)
+            assert "new" in starter.started[2].adapters
 
     run_virtually(main())
 

@@ -21,6 +21,7 @@ from fake_replica import answer_of
 from loraswarm.core.admin import LoadAdapter, PinAdapter, UnloadAdapter
 from loraswarm.core.client import served_names
 from loraswarm.core.request import SamplingParams
+from loraswarm.core.residency_report import ResidencyReport
 from loraswarm.errors import ConfigError, EngineError, InvalidRequest, StoreError, UnknownAdapter
 from virtual_time import run_virtually
 
@@ -327,5 +328,39 @@ def test_queue_time_includes_waiting_for_a_replica():
             queue_s = [event.queue_s for event in events if event.queue_s is not None]
             assert len(queue_s) == 1
             assert queue_s[0] > 4.0
+
+    run_virtually(main())
+
+
+def test_the_view_follows_reports_and_a_missing_one_is_asked_for_again():
+    async def main():
+        starter = Starter()
+        async with cluster(starter, num_replicas=2) as client:
+            first = starter.started[0]
+            first.on_report(ResidencyReport(epoch=1, number=0, is_full=True, tiers={"a": "host"}))
+            first.on_report(ResidencyReport(epoch=1, number=1, tiers={"a": "device"}))
+            assert client.view.replicas["r0"].tiers == {"a": "device"}
+            assert client.view.holders == {"a": {"r0"}}
+            assert first.num_watches == 1
+            first.on_report(ResidencyReport(epoch=1, number=3, tiers={"b": "host"}))
+            assert first.num_watches == 2
+            assert client.view.holders == {"a": {"r0"}}
+            first.kill()
+            await until(lambda: "r0" not in client.fleet.replicas)
+            assert client.view.holders == {}
+
+    run_virtually(main())
+
+
+def test_memory_is_that_of_all_replicas_and_the_rest_that_of_any():
+    async def main():
+        starter = Starter()
+        async with cluster(starter) as client:
+            one = starter.started[0].info
+            assert client.info.num_pages == 3 * one.num_pages
+            assert client.info.page_tokens == one.page_tokens
+            client.fleet.add(1)
+            await until(lambda: len(client.fleet.replicas) == 4)
+            assert client.info.num_pages == 4 * one.num_pages
 
     run_virtually(main())

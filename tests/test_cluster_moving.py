@@ -121,6 +121,21 @@ def test_a_client_that_goes_during_a_move_leaves_nothing_behind():
         run_virtually(main(hop))
 
 
+def test_a_client_that_goes_after_a_move_it_has_not_read_of_ends_the_request_there():
+    async def main():
+        starter = Starter({"hold_at": 20})
+        async with cluster(starter, num_replicas=2) as client:
+            stream = client.generate(request(params=LONG))
+            await anext(stream)
+            await until(lambda: starter.started[0].running["x"].num_tokens == 20)
+            await client.mover.move("x", "r1", with_kv=True)
+            assert "x" in starter.started[1].running
+            await stream.aclose()
+            assert starter.started[1].running == {}
+
+    run_virtually(main())
+
+
 def test_a_client_that_reads_late_gets_the_sources_events_first():
     async def main():
         starter = Starter({"hold_at": 20})

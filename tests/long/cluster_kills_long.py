@@ -1,7 +1,7 @@
 """Streams over engines of which one is killed every few seconds: all answers are right.
 
     python tests/long/cluster_kills_long.py [--replicas 3] [--streams 48] [--adapters 24]
-        [--kills 5] [--every 4] [--tokens 160] [--moves]
+        [--kills 5] [--every 4] [--tokens 160] [--moves] [--router marginal]
 
 So many streams are open at all times until the last kill; with `--moves` requests are moved between
 the replicas meanwhile, with and without their K and V. Each answer must be that of one engine which
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=4.0)
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--moves", action="store_true")
+    parser.add_argument("--router", default="marginal")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
@@ -65,7 +66,8 @@ async def run(
     requests: list[Request],
     expected: dict[str, list[int]],
 ) -> None:
-    async with local_cluster(engine_config(path), options.replicas) as client:
+    config = engine_config(path, prefix_caching=True)
+    async with local_cluster(config, options.replicas, options.router) as client:
         stop = asyncio.Event()
         started_s = time.monotonic()
         workers = [asyncio.create_task(worker(client, one, stop)) for one in requests]

@@ -24,12 +24,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetLimits:
-    """A replica that has requests and answers nothing for `hang_s` is killed; it is asked every
-    `ping_s`. Starts that fail are tried again after `retry_s`, doubled each time up to
-    `max_retry_s`; `max_failures` in a row while nothing serves end the cluster. A removal waits
-    `drain_s` for the replica's requests to end or move."""
+    """A replica that answers nothing for `hang_s` is killed; it is asked every `ping_s` while it
+    has requests, else every `idle_ping_s`, as an idle engine checks itself before it answers.
+    Starts that fail are tried again after `retry_s`, doubled each time up to `max_retry_s`;
+    `max_failures` in a row while nothing serves end the cluster. A removal waits `drain_s` for the
+    replica's requests to end or move.
+    """
 
     ping_s: float = 1.0
+    idle_ping_s: float = 10.0
     hang_s: float = 60.0
     retry_s: float = 0.5
     max_retry_s: float = 30.0
@@ -256,11 +259,15 @@ class Fleet:
             self.news.tell()
 
     async def _ping(self, replica: Replica) -> None:
-        """Kill it when it has requests and does not answer."""
+        """Kill it when it does not answer."""
+        idle_s = 0.0
         while replica.is_alive:
             await asyncio.sleep(self._limits.ping_s)
-            if not self._upkeep.is_busy(replica.replica_id):
+            idle_s += self._limits.ping_s
+            is_busy = self._upkeep.is_busy(replica.replica_id)
+            if not is_busy and idle_s < self._limits.idle_ping_s:
                 continue
+            idle_s = 0.0
             asked_s = asyncio.get_running_loop().time()
             try:
                 async with asyncio.timeout(self._limits.hang_s):

@@ -47,6 +47,8 @@ class Streams:
             )
         finally:
             self._suspects.acquit(held)
+            if held.handover is not None:  # its client has gone before it read on there
+                await held.handover.stream.aclose()
 
     async def _next_stream(self, held: OpenRequest) -> Events:
         """Of the replica that has adopted it, or of one that is given it now."""
