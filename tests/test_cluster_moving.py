@@ -121,6 +121,32 @@ def test_a_client_that_goes_during_a_move_leaves_nothing_behind():
         run_virtually(main(hop))
 
 
+def test_a_source_that_dies_while_its_request_is_being_adopted_leaves_one_owner():
+    """The client waits for the move's outcome, and does not run the request again beside it."""
+
+    async def main():
+        starter = Starter({"hold_at": 7})
+        async with cluster(starter, num_replicas=3) as client:
+            starter.started[1].hold_at = None
+            task = asyncio.create_task(collect(client, request(params=LONG)))
+            await until(lambda: starter.started[0].num_generated == 1)
+            await until(lambda: starter.started[0].running["x"].num_tokens == 7)
+            starter.started[1].hang()
+            move = asyncio.create_task(client.mover.move("x", "r1", with_kv=True))
+            await asyncio.sleep(1)
+            starter.started[0].kill()
+            await asyncio.sleep(1)
+            assert "x" not in starter.started[2].running
+            starter.started[1]._awake.set()
+            await move
+            events = await task
+            assert tokens_of(events) == answer_of(request(params=LONG))
+            assert_one_end(events)
+            assert [len(replica.adopted) for replica in starter.started] == [0, 1, 0, 0]
+
+    run_virtually(main())
+
+
 def test_a_client_that_goes_after_a_move_it_has_not_read_of_ends_the_request_there():
     async def main():
         starter = Starter({"hold_at": 20})

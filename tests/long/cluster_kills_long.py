@@ -74,6 +74,8 @@ async def run(
         moves = asyncio.create_task(mover(client, options.moves, stop))
         for _ in range(options.kills):
             await asyncio.sleep(options.every)
+            # Starts take longer than that on a machine that has other things to do.
+            await until(lambda: any(one.num_requests for one in client.view.replicas.values()))
             victim = kill_one(client)
             print(f"{time.monotonic() - started_s:.1f} s: killed {victim}", flush=True)
             await until(lambda gone=victim: gone not in client.fleet.replicas)

@@ -54,10 +54,9 @@ class Suspects:
             held.num_losses = 0
         held.num_tokens_at_loss = len(held.token_ids)
         held.num_losses += 1
-        was_on_trial = self._tried is held
-        self.acquit(held)
-        if not was_on_trial or held.num_losses <= LOSSES_BEFORE_TRIAL:
+        if held.num_losses <= LOSSES_BEFORE_TRIAL:
             return
+        assert self._tried is held, "`begin` lets none run that is suspected and not on trial"
         log.error("request=%s blamed num_losses=%d", held.request_id, held.num_losses)
         raise EngineError(
             f"{held.num_losses} engines in turn have ended while they ran this request, the last"
