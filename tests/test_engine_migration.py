@@ -11,6 +11,8 @@ from adapter_factory import save_random_adapter
 from engine_factory import make_engine, make_request, prompt_of, run, save_swarm, tokens_of
 from frozen_cases import assert_nothing_left, renamed, take
 from loraswarm.core.request import Request, SamplingParams
+from loraswarm.core.snapshot import SequenceSnapshot
+from loraswarm.errors import InvalidRequest
 from loraswarm.models.families import decoder_config
 from loraswarm.models.source import read_config
 
@@ -168,3 +170,26 @@ def test_requests_that_change_engines_with_every_token_answer_as_undisturbed(
     assert_nothing_left(other)
     expected = {name: what_was_said(events) for name, events in undisturbed.items()}
     assert {name: what_was_said(events) for name, events in found.items()} == expected
+
+
+@pytest.mark.parametrize("name", ["activated", "never activated"])
+def test_the_contents_of_the_named_adapters_are_enough_to_go_on(engines, undisturbed, name):
+    """A front does not know whether an activated adapter acts on a prompt."""
+    _, target = engines
+    (request,) = (each for each in REQUESTS if each.request_id == name)
+    answer = tokens_of(undisturbed[name])
+    late = next(state for state in target.adapter_states() if state.name == "late")
+    for digest, is_right in ((late.digest, True), ("other", False)):
+        snapshot = SequenceSnapshot(
+            request=request, output_token_ids=tuple(answer[:9]), adapter_digests=(digest,)
+        )
+        if not is_right:
+            with pytest.raises(InvalidRequest, match="other contents"):
+                target.adopt(snapshot)
+            continue
+        target.adopt(snapshot)
+        events = []
+        while target.has_work:
+            events += target.step()
+        assert tokens_of(events) == answer[9:]
+    assert_nothing_left(target)

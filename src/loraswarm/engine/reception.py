@@ -10,6 +10,7 @@ import itertools
 import random
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 from loraswarm.adapters.catalog import Catalog, Entry
 from loraswarm.core.events import ErrorInfo, ReportedError, SequenceEvent
@@ -69,6 +70,8 @@ class Reception:
         is_known = all(entry.info is not None for entry in entries)
         if is_known and not self._sequences.make(arrival)[1]:
             arrival.entries = entries = []
+            if snapshot is not None:
+                arrival.snapshot = replace(snapshot, adapter_digests=())
         errors = [error for entry in entries if (error := self._residency.bring(entry))]
         if errors:
             raise ReportedError(errors[0])

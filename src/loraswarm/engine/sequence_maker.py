@@ -43,7 +43,7 @@ class SequenceMaker:
                  they are not those of its snapshot.
         """
         request, params = arrival.request, arrival.request.params
-        infos = [entry.info for entry in arrival.entries if entry.info is not None]
+        named = infos = [entry.info for entry in arrival.entries if entry.info is not None]
         weights = [weight for _, weight in request.weighted_adapters] if infos else []
         mix = resolve_mix(infos, weights)
         start = first_adapted(infos, request.prompt_token_ids)
@@ -65,7 +65,7 @@ class SequenceMaker:
             is_frozen=arrival.is_frozen,
         )
         if arrival.snapshot is not None:
-            check_adapters(arrival.snapshot, infos)
+            check_adapters(arrival.snapshot, infos, named)
             restore_(sequence, arrival.snapshot)
         return sequence, infos
 
