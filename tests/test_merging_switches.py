@@ -12,7 +12,15 @@ import torch
 from engine_factory import GREEDY, make_engine, make_request, prompt_of, run, run_alone, run_tokens
 from loraswarm.core.admin import RescanAdapters, UnloadAdapter
 from loraswarm.core.request import SamplingParams
-from merging_cases import key_of, merge, merging_engine, names, save_weak_swarm, weights_digest
+from merging_cases import (
+    key_of,
+    merge,
+    merged_names,
+    merging_engine,
+    names,
+    save_weak_swarm,
+    weights_digest,
+)
 from served_logits import SCORED, served_logits
 from tolerance import assert_close
 
@@ -250,6 +258,22 @@ def test_an_engine_closed_in_the_middle_of_a_switch_gives_back_the_copies(swarm)
     assert engine.merger.bytes == 0
     assert engine._runner.merged == ()
     assert weights_digest(engine) == before
+
+
+def test_an_engine_that_follows_one_closed_in_mid_switch_merges_anew(swarm, answers):
+    before = set[str]()
+    for name in ("a000", "a001"):
+        engine = make_engine(swarm, merge=name)
+        before.add(weights_digest(engine))
+        assert merged_names(engine) == [name] * NUM_LINEARS
+        requests = [make_request(str(one), one, prompt_of(1, 9), SHORT) for one in answers]
+        assert run_tokens(engine, requests) == {str(one): answers[one] for one in answers}
+        engine.add(make_request("open", "a001", prompt_of(1, 9), LONG))
+        engine.merge_policy = lambda held=engine: key_of(held, "a002")
+        engine.step()
+        engine.close()
+        before.add(weights_digest(engine))
+    assert len(before) == 1
 
 
 def test_cached_prefixes_are_shared_by_merged_and_unmerged_weights(swarm):
