@@ -88,6 +88,12 @@ def test_llm_takes_the_option(swarm):
         ({"merge": "a002", "pool_bytes": 5 << 13}, "--merge 'a002': .*--pool-bytes"),
         ({"merge": "model"}, "--merge 'model': that is the base model"),
         ({"merge": "a000", "merge_bytes": 1}, "'a000' is in no linear: .* may take 1 bytes"),
+        ({"merge": True}, "merge is True; it must be a name"),
+        ({"merge": "auto", "merge_policy": ["cost"]}, "merge_policy is .* must be a name"),
+        (
+            {"merge": "a000", "merge_policy": "dlora"},
+            "merge_policy is 'dlora', but merge is 'a000'",
+        ),
         ({"merge_bytes": 1 << 20}, "--merge-bytes is 1,048,576, but .* --merge is off"),
     ],
 )

@@ -18,7 +18,7 @@ from loraswarm.engine.engine import MERGE_SHARE, Engine
 from loraswarm.engine.merge_control import MergeFacts
 from loraswarm.engine.merge_places import linears_in_order, update_bytes
 from loraswarm.engine.merging import Merger
-from loraswarm.engine.policies.merging import MergeCosts, MergePolicy, make_policy
+from loraswarm.engine.policies.merging import DEFAULT, MergeCosts, MergePolicy, make_policy
 from loraswarm.engine.scheduler import StepLimits
 from loraswarm.errors import ConfigError, LoRASwarmError
 from loraswarm.memory.geometry import PageGeometry
@@ -106,7 +106,15 @@ def _no_room(merger: Merger) -> str:
 
 def check_options(config: EngineConfig) -> None:
     """Raises ConfigError for a policy that there is not, and for what would not be heeded."""
+    for name in ("merge", "merge_policy"):
+        if not isinstance(getattr(config, name), str):
+            raise ConfigError(f"{name} is {getattr(config, name)!r}; it must be a name")
     make_policy(config.merge_policy)
+    if config.merge != "auto" and config.merge_policy != DEFAULT:
+        raise ConfigError(
+            f"merge_policy is {config.merge_policy!r}, but merge is {config.merge!r}: policies"
+            " decide what 'auto' merges"
+        )
     if config.merge == "off" and config.merge_bytes is not None:
         raise ConfigError(
             f"--merge-bytes is {config.merge_bytes:,}, but nothing is merged: --merge is off"
