@@ -182,6 +182,9 @@ def test_a_file_keeps_every_figure(tmp_path):
     assert figures().copy_s(2e6) == pytest.approx(0.0012)
 
 
+NO_TIME = dataclasses.asdict(KNOWN) | {"fixed_s": 0.0, "token_s": [0.0] * len(KNOWN.token_s)}
+
+
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
@@ -199,6 +202,7 @@ def test_a_file_keeps_every_figure(tmp_path):
         (("weight_bytes",), 2**63, "weight_bytes is 9223372036854775808"),
         (("machine", "gemm", 0, "linear"), None, r"machine.gemm\[0\].linear is None"),
         (("surprise",), 1, "surprise is not known"),
+        (("step",), NO_TIME, "step.fixed_s is 0.0; it must be above 0"),
         (("quantize",), 8, "quantize is 8"),
         (("copy",), None, "copy is None; it must be an object"),
     ],

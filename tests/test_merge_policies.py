@@ -145,6 +145,26 @@ class TestCost:
             target = decision.target
         assert changes <= 4
 
+    def test_a_cheap_switch_does_not_follow_every_request_either(self):
+        policy = CostPolicy(MergeCosts(step=MEASURED.step, merge_s=0.02))
+        rng, target, changes = random.Random(5), None, 0
+        for step in range(400):
+            num = 8 + rng.randrange(-1, 2)
+            requests = requests_of("a" * num + "b" * (16 - num), outputs=20)
+            state = {"target": target, "merged": target, "merged_share": float(target is not None)}
+            view = view_of("", step * STEP_S, requests=requests, **state)
+            decision = policy.decide(view)
+            changes += decision.target != target
+            target = decision.target
+        assert changes <= 6
+
+    def test_what_is_learned_counts_though_the_same_requests_are_open(self):
+        policy, view = CostPolicy(MergeCosts()), view_of("a" * 8)
+        assert policy.decide(view).target is None
+        policy.learned.lora, policy.learned._lora_variance = 10.0, 0.0
+        targets = [policy.decide(view).target for _ in range(8)]
+        assert targets == [None] * 7 + [A]
+
     def test_a_burst_is_seen_within_a_few_steps(self):
         policy = CostPolicy(MEASURED)
         for step in range(100):

@@ -79,6 +79,8 @@ def test_the_starved_run_first_until_they_have_half_their_credit_again():
     assert decision.only == {"a0", "a1", "a2", "b3"}
     # b is served until it has less than .15 above its first credits; a has too little to be merged.
     assert policy.decide(view_of("a" * 12)).target is None
+    # The starved come before all others, not only in their turn.
+    assert policy.decide(view_of("a" * 11 + "b")).only == {"a0", "a1", "a2", "b11"}
 
 
 def test_thresholds_move_only_within_each_other():

@@ -7,8 +7,10 @@ import torch
 
 from engine_factory import make_engine, make_request, prompt_of, run
 from loraswarm.core.request import Request, SamplingParams
+from loraswarm.errors import ConfigError
 from loraswarm.kernels.cpu.dot import HAS_DOT
 from merging_cases import (
+    key_of,
     merge,
     merged_names,
     merging_engine,
@@ -209,6 +211,39 @@ def test_an_update_larger_than_the_weight_is_not_merged(weak, caplog, monkeypatc
         merge(engine, "a000")
     assert 0 < engine.merger.num_merged < NUM_LINEARS
     assert "is more than that of model.layers.0.self_attn.o_proj" in caplog.text
+
+
+def test_a_place_that_the_next_adapter_is_too_large_for_has_the_base_again(weak, monkeypatch):
+    engine = merging_engine(weak)
+    merge(engine, "a000")
+    assert merged_names(engine) == ["a000"] * NUM_LINEARS
+    monkeypatch.setattr("loraswarm.engine.merging.MAX_UPDATE", 0.15)
+    merge(engine, "a001")
+    assert set(merged_names(engine)) == {"a001", None}
+    assert [key[0] for key in engine.merger.holds.keys] == ["a001"]
+
+
+def test_what_has_no_low_rank_update_is_refused_by_name_and_no_choice_of_a_policy(methods):
+    reason = "changes no linear by a low-rank update"
+    nothing = "ia3", "embeddings-and-lm-head"
+    for name in nothing:
+        with pytest.raises(ConfigError, match=f"'{name}' is in no linear: it {reason}"):
+            make_engine(methods.path, merge=name)
+    engine = make_engine(methods.path, merge="auto")
+    bytes_of = engine._merge_control._facts.bytes_of
+    assert [bytes_of(key_of(engine, name)) for name in nothing] == [None, None]
+    # Neither DoRA's gains nor a head of its own are ever merged, whatever pages they take.
+    alike = {bytes_of(key_of(engine, name)) for name in ("lora", "dora", "saved-lm-head")}
+    lora = engine.merger.holds.info_of(key_of(engine, "lora"))
+    sizes = [
+        module.rank * sum(engine.decoder.shape.site_sizes(module.site)) for module in lora.modules
+    ]
+    assert alike == {4 * sum(sizes)}
+    # VeRA's matrices are one pair in pages, and multiplied by at every linear.
+    vera = engine.merger.holds.info_of(key_of(engine, "vera"))
+    assert bytes_of(vera.key) > 2 * sum(
+        matrix.num_rows * matrix.width * 4 for matrix in vera.shared_matrices()
+    )
 
 
 def test_an_activated_adapter_is_subtracted_before_its_invocation(methods):

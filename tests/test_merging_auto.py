@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import pytest
 
@@ -10,9 +11,10 @@ from engine_factory import make_engine, make_request, prompt_of, run_tokens
 from loraswarm.core.request import SamplingParams
 from loraswarm.engine.policies.merging import NAMES, MergeDecision
 from loraswarm.errors import ConfigError
-from merging_cases import names, save_weak_swarm, weights_digest
+from merging_cases import merged_names, names, save_weak_swarm, weights_digest
 
 NUM_ADAPTERS = 4
+NUM_LINEARS = 8
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +90,50 @@ def test_a_policy_sees_requests_and_steps_and_says_who_runs(swarm):
 def test_a_policy_that_there_is_not_is_refused(swarm):
     with pytest.raises(ConfigError, match="merge policy is 'best'; it must be one of never"):
         make_engine(swarm, merge="auto", merge_policy="best")
+
+
+def test_what_is_merged_at_start_lets_steps_run_ahead_until_it_is_replaced(swarm, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(swarm / "adapters" / "a000", store / "x")
+    engine = make_engine(swarm, adapters=(str(store),), merge="x")
+    ahead = engine._look_ahead
+    ahead.is_on = True
+    params = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
+    answers = {}
+    for generation in ("a000", "a001"):
+        old = engine.merger.target
+        if generation != "a000":
+            shutil.rmtree(store / "x")
+            shutil.copytree(swarm / "adapters" / generation, store / "x")
+            engine.add(make_request("base", None, prompt_of(1, 9), params))
+            for _ in range(4):
+                engine.step()
+            assert ahead.step is not None
+            engine._upkeep.look_again()
+            for _ in range(100):
+                engine.step()
+                if engine.merger.target not in (old, None):
+                    break
+                engine.wait(0.05)
+            assert engine.merger.target not in (old, None)
+            assert engine.has_work
+            engine.abort_all()
+        request = make_request("r", "x", prompt_of(1, 9), params)
+        answers[generation] = run_tokens(engine, [request])
+        while not engine.merger.is_settled:
+            engine.merger.advance(0.0)
+        before = ahead.num_ahead
+        assert run_tokens(engine, [request])["r"] == answers[generation]["r"]
+        assert ahead.num_ahead > before
+        assert merged_names(engine) == ["x"] * NUM_LINEARS
+    plain = make_engine(swarm)
+    for generation, found in answers.items():
+        request = make_request("r", generation, prompt_of(1, 9), params)
+        assert found == run_tokens(plain, [request])
+
+
+def test_nothing_runs_ahead_of_a_policy_that_may_switch(swarm):
+    engine = make_engine(swarm, merge="auto")
+    engine._look_ahead.is_on = True
+    run_tokens(engine, traffic()[:3])
+    assert engine._look_ahead.num_ahead == 0

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapter_factory import save_random_adapter
+from cost_cases import figures
 from engine_factory import make_engine, make_request, prompt_of, run_tokens
 from loraswarm.core.request import SamplingParams
 from loraswarm.models.families import decoder_config
@@ -89,6 +90,15 @@ def test_seconds_of_a_merge_are_measured_at_start_and_told_to_the_policy(swarm):
     needs_kept_memory(engine)
     assert 0.0 < engine.merger.s_per_byte < 1e-3
     assert engine._merge_control._policy.learned.merge_s == engine.merger.merge_s
+
+
+@pytest.mark.parametrize("merge_s", [0.3, None])
+def test_seconds_of_a_merge_that_a_cost_model_has_come_first(swarm, tmp_path, merge_s):
+    file = tmp_path / "costs.json"
+    figures(merge_s=merge_s).write(file)
+    engine = make_engine(swarm, merge="auto", cost_model=str(file))
+    known_s = engine.merger.merge_s if merge_s is None else merge_s
+    assert engine._merge_control._policy.learned.merge_s == known_s
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -86,6 +86,15 @@ def test_llm_takes_the_option(swarm):
         ({"merge": "a000", "merge_bytes": 0}, "merge_bytes is 0"),
         ({"merge": "a000", "quantize": "int8"}, "--merge 'a000' cannot be: .*integers"),
         ({"merge": "a002", "pool_bytes": 5 << 13}, "--merge 'a002': .*--pool-bytes"),
+        ({"merge": "model"}, "--merge 'model': that is the base model"),
+        ({"merge": "a000", "merge_bytes": 1}, "'a000' is in no linear: .* may take 1 bytes"),
+        ({"merge": True}, "merge is True; it must be a name"),
+        ({"merge": "auto", "merge_policy": ["cost"]}, "merge_policy is .* must be a name"),
+        (
+            {"merge": "a000", "merge_policy": "dlora"},
+            "merge_policy is 'dlora', but merge is 'a000'",
+        ),
+        ({"merge_bytes": 1 << 20}, "--merge-bytes is 1,048,576, but .* --merge is off"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(swarm, options, message):
@@ -98,6 +107,23 @@ def test_auto_says_that_integers_are_not_merged_and_serves_on(swarm):
     engine = make_engine(swarm, lines.append, merge="auto", quantize="int8")
     assert engine.merger is None
     assert [line for line in lines if line.startswith("merge=off reason=")]
+
+
+def test_an_adapter_whose_every_update_is_too_large_is_refused(swarm, monkeypatch):
+    monkeypatch.setattr(merging, "MAX_UPDATE", 0.0)
+    with pytest.raises(ConfigError, match="'a000' is in no linear: each is left unmerged"):
+        make_engine(swarm, merge="a000")
+
+
+def test_auto_says_that_there_is_no_memory_for_any_linear(swarm):
+    said: dict[int | None, list[str]] = {}
+    for merge_bytes in (1, None):
+        lines: list[str] = []
+        make_engine(swarm, lines.append, merge="auto", merge_bytes=merge_bytes)
+        said[merge_bytes] = [line for line in lines if "merges nothing" in line]
+    assert said[None] == []
+    assert len(said[1]) == 1
+    assert "--merge-bytes" in said[1][0]
 
 
 def test_the_command_line_answers_an_unknown_name_in_one_line(swarm, capsys, monkeypatch):
@@ -195,6 +221,25 @@ def test_what_is_not_served_is_no_target(swarm):
     assert "not served" in engine.merger.why_not(gone)
     engine.merger.set_target(gone)
     assert (engine.merger.target, engine.merger.num_switches) == (None, 0)
+
+
+def test_a_copy_that_is_being_made_counts_as_memory(swarm):
+    engine = merging_engine(swarm)
+    merger, sizes = engine.merger, [place.num_bytes for place in engine.merger._places]
+    merger.set_target(key_of(engine, "a000"))
+    while merger._making is None:
+        engine._collect()
+        merger.advance(0.0)
+    assert merger.num_merged == 0
+    assert (merger.bytes, merger.bytes_left) == (sizes[0], sum(sizes) - _made(merger))
+    assert merger.reserved_bytes >= sizes[0]
+    merger.set_target(None)
+    assert merger.bytes == 0
+
+
+def _made(merger) -> int:
+    copy = merger._making[1]
+    return (copy.num_rows - copy.num_left) * copy.row_bytes
 
 
 def test_merged_weights_are_reported(swarm):

@@ -12,7 +12,15 @@ import torch
 from engine_factory import GREEDY, make_engine, make_request, prompt_of, run, run_alone, run_tokens
 from loraswarm.core.admin import RescanAdapters, UnloadAdapter
 from loraswarm.core.request import SamplingParams
-from merging_cases import key_of, merge, merging_engine, names, save_weak_swarm, weights_digest
+from merging_cases import (
+    key_of,
+    merge,
+    merged_names,
+    merging_engine,
+    names,
+    save_weak_swarm,
+    weights_digest,
+)
 from served_logits import SCORED, served_logits
 from tolerance import assert_close
 
@@ -137,7 +145,7 @@ def test_a_pool_full_of_nan_is_not_read_by_merging(swarm, answers):
         assert run_tokens(engine, [request])["r"] == answers[name]
 
 
-def test_a_merged_adapter_is_never_evicted_and_gives_way_where_it_must(swarm, answers):
+def test_a_merged_adapter_is_never_evicted(swarm, answers):
     page_bytes = make_engine(swarm).info.page_bytes
     engine = merging_engine(swarm, pool_bytes=18 * page_bytes)
     merge(engine, "a000")
@@ -149,14 +157,31 @@ def test_a_merged_adapter_is_never_evicted_and_gives_way_where_it_must(swarm, an
     for name, events in found.items():
         assert [t for event in events for t in event.token_ids] == answers[name]
     assert engine.merger.num_merged == NUM_LINEARS
-    # One request that needs all of the pool but less than the adapter leaves.
+
+
+def test_a_merged_adapter_gives_way_to_a_request_that_needs_its_pages_and_comes_back(
+    swarm, answers, monkeypatch
+):
+    page_bytes = make_engine(swarm).info.page_bytes
+    engine = merging_engine(swarm, pool_bytes=13 * page_bytes)
+    merge(engine, "a000")
+    key, given_way, give_way = engine.merger.target, [], engine.merger.give_way
+    monkeypatch.setattr(
+        engine.merger, "give_way", lambda: given_way.append(give_way()) or given_way[-1]
+    )
+    # K and V of 256 tokens take eight pages; the adapter takes six of thirteen.
     tokens = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
-    pool_tokens = engine.info.num_pages * engine.info.page_tokens
-    long = prompt_of(3, min(engine.info.max_model_len, pool_tokens) - 200)
-    roomy = make_engine(swarm)
-    expected = run_tokens(roomy, [make_request("long", None, long, tokens)])
-    assert run_tokens(engine, [make_request("long", None, long, tokens)]) == expected
-    engine.check()
+    request = make_request("long", None, prompt_of(3, 56), tokens)
+    expected = run_tokens(make_engine(swarm), [request])
+    assert run_tokens(engine, [request]) == expected
+    assert given_way == [True]
+    assert (engine.merger.target, engine.merger.num_merged) == (key, 0)
+    # What gave way comes back.
+    for name in ("a001", "a000", None):
+        for _ in range(3):
+            request = make_request("r", name, prompt_of(1, 9), SHORT)
+            assert run_tokens(engine, [request])["r"] == answers[name]
+    assert (engine.merger.target, engine.merger.num_merged) == (key, NUM_LINEARS)
 
 
 def _pinned_if_merged(engine, key) -> None:
@@ -252,6 +277,22 @@ def test_an_engine_closed_in_the_middle_of_a_switch_gives_back_the_copies(swarm)
     assert weights_digest(engine) == before
 
 
+def test_an_engine_that_follows_one_closed_in_mid_switch_merges_anew(swarm, answers):
+    before = set[str]()
+    for name in ("a000", "a001"):
+        engine = make_engine(swarm, merge=name)
+        before.add(weights_digest(engine))
+        assert merged_names(engine) == [name] * NUM_LINEARS
+        requests = [make_request(str(one), one, prompt_of(1, 9), SHORT) for one in answers]
+        assert run_tokens(engine, requests) == {str(one): answers[one] for one in answers}
+        engine.add(make_request("open", "a001", prompt_of(1, 9), LONG))
+        engine.merge_policy = lambda held=engine: key_of(held, "a002")
+        engine.step()
+        engine.close()
+        before.add(weights_digest(engine))
+    assert len(before) == 1
+
+
 def test_cached_prefixes_are_shared_by_merged_and_unmerged_weights(swarm):
     prompt = prompt_of(2, 60)
     plain = make_engine(swarm)
@@ -267,6 +308,23 @@ def test_cached_prefixes_are_shared_by_merged_and_unmerged_weights(swarm):
         for name, tokens in expected.items():
             assert run_tokens(engine, [make_request("r", name, prompt, GREEDY)])["r"] == tokens
     assert engine.stats().total_prefix_hit_tokens >= 3 * 48
+
+
+@pytest.mark.parametrize("who", ["_largest_need", "num_taken_pages"])
+def test_nothing_is_merged_in_pages_that_requests_or_pins_need(swarm, monkeypatch, who):
+    engine = merging_engine(swarm)
+    merger, key = engine.merger, key_of(engine, "a000")
+    monkeypatch.setattr(merger.holds, who, lambda: engine.info.num_pages)
+    merger.set_target(key)
+    while merger.holds.problem is None:
+        engine._collect()
+        merger.advance(1.0)
+        assert not merger.holds.keys
+    assert "which are not to be had beside what runs" in merger.holds.problem
+    assert (merger.num_merged, merger.holds.keys) == (0, ())
+    monkeypatch.setattr(merger.holds, who, lambda: 0)
+    merge(engine, "a000")
+    assert (merger.num_merged, merger.holds.problem) == (NUM_LINEARS, None)
 
 
 def test_an_adapter_that_cannot_be_copied_is_a_problem_and_not_merged(swarm, monkeypatch):

@@ -13,9 +13,9 @@ from loraswarm.core.step_cost import ChunkWork, StepWork
 from loraswarm.engine.policies.merging import MergeDecision, make_policy
 from loraswarm.errors import ConfigError
 from loraswarm.simulate.compare import POLICIES, check_policies, figures_of, run_policy
-from loraswarm.simulate.machine import Machine, Switcher, default_figures, make_info
+from loraswarm.simulate.machine import GEOMETRY, Machine, Switcher, default_figures, make_info
 from loraswarm.simulate.oracle import adapter_bytes, best_schedule, cheapest_path
-from loraswarm.simulate.replay import Replay
+from loraswarm.simulate.replay import NUM_PAGES, Replay
 from loraswarm.simulate.traces import (
     NAMES,
     UTILIZATION,
@@ -95,6 +95,13 @@ def test_a_request_that_can_never_fit_is_refused():
         Replay(trace, MACHINE, make_policy("never"))
 
 
+def test_adapters_that_never_fit_the_pool_together_are_served_in_turn():
+    trace = small_trace(*[(0.0, f"x{index:03}", 8, 2) for index in range(300)])
+    machine_bytes = sum(adapter_bytes(trace, MACHINE).values())
+    assert machine_bytes > NUM_PAGES * GEOMETRY.page_bytes
+    assert len(run_policy(trace, MACHINE, "never").served) == 300
+
+
 def decode_of(names):
     size = MACHINE.bytes_of(make_info("a", 16))
     return StepWork.of(
@@ -152,6 +159,18 @@ def test_a_policy_that_excludes_is_obeyed_and_stalls_nothing():
     assert all(len(step.hot_tokens) <= 1 for step in run.steps)
     mixed = run_policy(trace, MACHINE, "never")
     assert any(len(step.hot_tokens) > 1 for step in mixed.steps)
+
+
+def test_peft_style_a_request_waits_for_those_before_it_alone():
+    flood = [(0.05 * place, "hot", 8, 20) for place in range(120)]
+    trace = small_trace(*flood[:30], (1.49, "cold", 8, 4), *flood[30:])
+    run = run_policy(trace, MACHINE, "always-head")
+    cold = next(served for served in run.served if served.request.adapter == "cold")
+    earlier_s = [one.end_s for one in run.served if one.request.arrival_s < 1.49]
+    later_s = [one.end_s for one in run.served if one.request.arrival_s > 1.49]
+    step_s = max(step.end_s - step.start_s for step in run.steps)
+    assert max(earlier_s) < cold.first_token_s <= max(earlier_s) + 2.0 * step_s
+    assert cold.end_s < max(later_s)
 
 
 class Stubborn:

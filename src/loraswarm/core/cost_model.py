@@ -129,7 +129,7 @@ class CostFigures:
     def from_document(cls, document: object) -> Self:
         """From the plain values of a file. Raises ValueError naming the field."""
         figures = from_json(cls, _without_format(document))
-        _check_brackets(figures.step)
+        _check_step(figures.step)
         return figures
 
 
@@ -144,9 +144,11 @@ def _without_format(document: object) -> dict[str, Any]:
     return found
 
 
-def _check_brackets(step: StepCosts) -> None:
+def _check_step(step: StepCosts) -> None:
     is_ascending = list(step.brackets) == sorted(set(step.brackets))
     if not step.brackets or step.brackets[0] != 0 or not is_ascending:
         refuse("step.brackets", step.brackets, "ascending from 0")
     if len(step.token_s) != len(step.brackets):
         refuse("step.token_s", step.token_s, f"{len(step.brackets)} figures, one per bracket")
+    if step.step_s(StepWork(num_tokens=1, num_logit_rows=0)) <= 0.0:
+        refuse("step.fixed_s", step.fixed_s, "above 0 where a token takes no time")

@@ -345,8 +345,11 @@ class Engine:
 
     def _may_look_ahead(self) -> bool:
         """Whether weights and adapters stay as they are until the next step."""
-        has_policy = self.merge_policy is not None or self._merge_control is not None
-        is_merging = has_policy or (self.merger is not None and not self.merger.is_settled)
+        merger, policy = self.merger, self.merge_policy
+        is_merging = self._merge_control is not None
+        if merger is not None and not is_merging:
+            wants_other = policy is not None and policy() != merger.target
+            is_merging = wants_other or not merger.is_settled
         return not is_merging and not self._administration.is_busy
 
     def _may_go_on(self) -> bool:

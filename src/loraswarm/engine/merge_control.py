@@ -22,8 +22,8 @@ from loraswarm.engine.step import Step
 class MergeFacts:
     """What a policy is told of an engine beside its requests.
 
-    `bytes_of` are an adapter's bytes in pages; None for one that is served no more, and for one
-    that has nothing to merge. `kv_token_bytes` are K and V of a token.
+    `bytes_of` are an adapter's bytes in pages that can be merged; None for one that is served no
+    more, and for one that has none. `kv_token_bytes` are K and V of a token.
     """
 
     limits: StepLimits

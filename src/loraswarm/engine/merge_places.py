@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loraswarm.adapters.adapter import AdapterInfo
+from loraswarm.core.base_shape import BaseShape
 from loraswarm.core.sequence import AdapterKey
 from loraswarm.kernels import TileTable
 from loraswarm.models.decoder import Decoder
@@ -43,6 +45,17 @@ class Place:
         """Keep a copy's memory for the next one, if that can use it."""
         if self.linear.keeps_copies:
             self.spare = weight
+
+
+def update_bytes(info: AdapterInfo, shape: BaseShape, element_bytes: int) -> int:
+    """Bytes of A and B at all linears: what a token without the adapter in its weights multiplies
+    by. Gains and biases, embeddings, norms and the head, which are never merged, do not count."""
+    num_elements = sum(
+        module.rank * sum(shape.site_sizes(module.site))
+        for module in info.modules
+        if module.site < shape.num_linears
+    )
+    return element_bytes * num_elements
 
 
 def linears_in_order(decoder: Decoder) -> list[LoraLinear]:

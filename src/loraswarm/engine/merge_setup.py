@@ -16,13 +16,12 @@ from loraswarm.core.cost_model import CostFigures
 from loraswarm.core.sequence import AdapterKey
 from loraswarm.engine.engine import MERGE_SHARE, Engine
 from loraswarm.engine.merge_control import MergeFacts
-from loraswarm.engine.merge_places import linears_in_order
+from loraswarm.engine.merge_places import linears_in_order, update_bytes
 from loraswarm.engine.merging import Merger
-from loraswarm.engine.policies.merging import MergeCosts, MergePolicy, make_policy
+from loraswarm.engine.policies.merging import DEFAULT, MergeCosts, MergePolicy, make_policy
 from loraswarm.engine.scheduler import StepLimits
 from loraswarm.errors import ConfigError, LoRASwarmError
 from loraswarm.memory.geometry import PageGeometry
-from loraswarm.memory.tile_layout import adapter_bytes
 from loraswarm.models.decoder import Decoder
 
 MODES = ("off", "auto")
@@ -60,13 +59,18 @@ def merge_at_start(engine: Engine, config: EngineConfig, report: Callable[[str],
     """Merge the adapter that `merge` names, all that there is memory for, and go on with its name:
     a new generation is merged in the place of the last one.
 
-    Raises    ConfigError with the reason if it is not served or cannot be had.
+    Raises    ConfigError with the reason if it is not served, cannot be had, or is in no linear
+              then.
     """
-    name = config.merge
-    if name in MODES:
+    name, merger = config.merge, engine.merger
+    if merger is None:
         return
-    merger = engine.merger
-    assert merger is not None
+    if name in MODES:
+        if not merger.has_room:
+            report(f"merge={name} merges nothing: {_no_room(merger)}")
+        return
+    if name == config.model_name:
+        raise ConfigError(f"--merge {name!r}: that is the base model; give an adapter's name")
     begin_s = time.perf_counter()
     try:
         engine.require_adapter(name)
@@ -76,15 +80,45 @@ def merge_at_start(engine: Engine, config: EngineConfig, report: Callable[[str],
     problem = engine.merge_now()
     if problem is not None:
         raise ConfigError(f"--merge {name!r}: {problem}")
+    if merger.num_merged == 0:
+        raise ConfigError(f"--merge {name!r} is in no linear: {_why_nowhere(merger)}")
     report(
         f"merged adapter={name} linears={merger.num_merged} share={merger.share_merged:.2f}"
         f" bytes={merger.bytes} seconds={time.perf_counter() - begin_s:.1f}"
     )
 
 
-def check_policy(config: EngineConfig) -> None:
-    """Raises ConfigError if there is no merge policy of that name."""
+def _why_nowhere(merger: Merger) -> str:
+    """Why what was merged at start is in no linear."""
+    assert merger.target is not None
+    reason = merger.why_not(merger.target)
+    if reason is None and not merger.has_room:
+        reason = _no_room(merger)
+    return reason or "each is left unmerged for the reason that is logged"
+
+
+def _no_room(merger: Merger) -> str:
+    return (
+        f"merged weights may take {merger.budget_bytes:,} bytes, less than any linear that would"
+        " change (--merge-bytes, and what --pool-bytes leaves)"
+    )
+
+
+def check_options(config: EngineConfig) -> None:
+    """Raises ConfigError for a policy that there is not, and for what would not be heeded."""
+    for name in ("merge", "merge_policy"):
+        if not isinstance(getattr(config, name), str):
+            raise ConfigError(f"{name} is {getattr(config, name)!r}; it must be a name")
     make_policy(config.merge_policy)
+    if config.merge != "auto" and config.merge_policy != DEFAULT:
+        raise ConfigError(
+            f"merge_policy is {config.merge_policy!r}, but merge is {config.merge!r}: policies"
+            " decide what 'auto' merges"
+        )
+    if config.merge == "off" and config.merge_bytes is not None:
+        raise ConfigError(
+            f"--merge-bytes is {config.merge_bytes:,}, but nothing is merged: --merge is off"
+        )
 
 
 def merge_policy(
@@ -110,8 +144,7 @@ def merge_facts(
         if entry is None or entry.info is None:
             return None
         if key not in known:
-            size = adapter_bytes(entry.info, shape, geometry)
-            known[key] = size.own + size.shared if entry.info.max_rank > 0 else None
+            known[key] = update_bytes(entry.info, shape, geometry.element_bytes) or None
         return known[key]
 
     return MergeFacts(

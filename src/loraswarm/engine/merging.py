@@ -21,6 +21,7 @@ from loraswarm.engine.merge_places import (
     copy_s_per_byte,
     places_of,
     reserve,
+    update_bytes,
     wait_for,
 )
 from loraswarm.engine.model_runner import ModelRunner
@@ -93,6 +94,13 @@ class Merger:
         return self._target is None or self._todo == []
 
     @property
+    def has_room(self) -> bool:
+        """Whether the budget allows a copy of any linear that the target changes; of any at all,
+        while that is not known."""
+        places = self._changed or self._places
+        return any(place.num_bytes <= self.budget_bytes for place in places)
+
+    @property
     def bytes(self) -> int:
         """Of the copies in use and of the one that is being made."""
         making = self._making[0] if self._making is not None else None
@@ -162,8 +170,7 @@ class Merger:
         info = self.holds.info_of(key)
         if info is None:
             return "it is not served in this generation, or has not been read"
-        num_linears = self._runner.decoder.shape.num_linears
-        if not any(module.rank > 0 and module.site < num_linears for module in info.modules):
+        if update_bytes(info, self._runner.decoder.shape, element_bytes=1) == 0:
             return "it changes no linear by a low-rank update"
         return None
 

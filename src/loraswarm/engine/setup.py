@@ -31,7 +31,7 @@ from loraswarm.engine.loader_process import ProcessLoader
 from loraswarm.engine.loader_worker import LoadWorker, WorkerSpec
 from loraswarm.engine.merge_holds import MergeHolds
 from loraswarm.engine.merge_setup import (
-    check_policy,
+    check_options,
     merge_at_start,
     merge_facts,
     merge_policy,
@@ -121,7 +121,7 @@ class Model(NamedTuple):
 
 def _build(config: EngineConfig, loader: Loader, model: Model, report: Report) -> Engine:
     path, model_config, _, figures = model
-    check_policy(config)
+    check_options(config)
     dtype = getattr(torch, config.dtype)
     loader.submit(ScanJob(FIRST_SCAN))
     report(f"loading model={config.model_name} path={path} dtype={config.dtype}")

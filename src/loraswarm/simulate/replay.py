@@ -108,14 +108,18 @@ class Replay:
         return self._found
 
     def _require_fit(self, trace: Trace) -> None:
-        longest = max(trace.requests, key=lambda one: one.prompt_tokens + one.output_tokens)
-        num_tokens = longest.prompt_tokens + longest.output_tokens
-        limit = self._scheduler.max_sequence_tokens(tuple(self._infos.values()))
-        if num_tokens > limit:
-            raise ConfigError(
-                f"trace {trace.name} has a request of {num_tokens:,} tokens; the simulated pool"
-                f" holds {limit:,} beside its adapters"
-            )
+        longest: dict[str | None, int] = {}
+        for one in trace.requests:
+            num_tokens = one.prompt_tokens + one.output_tokens
+            longest[one.adapter] = max(num_tokens, longest.get(one.adapter, 0))
+        for adapter, num_tokens in longest.items():
+            infos = [] if adapter is None else [self._infos[adapter]]
+            limit = self._scheduler.max_sequence_tokens(infos)
+            if num_tokens > limit:
+                raise ConfigError(
+                    f"trace {trace.name} has a request of {num_tokens:,} tokens; the simulated pool"
+                    f" holds {limit:,} beside its adapter"
+                )
 
     def _arrive(self, request: TraceRequest) -> None:
         request_id = str(self._order)

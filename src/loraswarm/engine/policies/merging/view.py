@@ -55,9 +55,10 @@ class OpenRequest:
 class MergeView:
     """The engine between two steps.
 
-    `requests` are in order of arrival. `mergeable` has the bytes in pages of each adapter that may
-    be merged now, at least of those of the requests and of `target` and `merged`; one that was
-    unloaded, has gains (DoRA) or is not resident and of no request is not in it. The switcher works
+    `requests` are in order of arrival. `mergeable` has the bytes in pages of what would be merged,
+    A and B at all linears, of each adapter that may be now, at least of those of the requests and
+    of `target` and `merged`; one that was unloaded or has no such update is not in it. Gains (DoRA)
+    are never merged, so an adapter that has them may be, beside any other row. The switcher works
     towards `target`; `merged_share` of the bytes that can be merged have `merged` in them. A step
     has at most `num_seats` rows of different requests and `max_step_tokens` tokens.
     """
