@@ -53,6 +53,7 @@ def test_nothing_is_merged_by_default_or_of_itself(swarm):
 
 def test_a_policy_is_asked_before_every_step(swarm):
     engine = merging_engine(swarm)
+    engine._look_ahead.is_on = False
     keys = [key_of(engine, "a000"), None, key_of(engine, "a001")]
     asked = []
 

@@ -345,11 +345,13 @@ class Engine:
 
     def _may_look_ahead(self) -> bool:
         """Whether weights and adapters stay as they are until the next step."""
-        merger, policy = self.merger, self.merge_policy
+        merger = self.merger
         is_merging = self._merge_control is not None
         if merger is not None and not is_merging:
-            wants_other = policy is not None and policy() != merger.target
-            is_merging = wants_other or not merger.is_settled
+            is_merging = not merger.is_settled
+            if self.merge_policy is not None:  # a served target stays; another may come for none
+                target = merger.target
+                is_merging |= target is None or not merger.holds.is_current(target)
         return not is_merging and not self._administration.is_busy
 
     def _may_go_on(self) -> bool:
