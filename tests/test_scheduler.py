@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from loraswarm.core.events import ErrorInfo
+from loraswarm.core.events import ErrorInfo, TokenLogprob
 from loraswarm.engine.policies import FirstComeFirstServed
 from loraswarm.engine.scheduler import Scheduler, StepLimits
 from loraswarm.engine.step import ChunkResult
@@ -59,6 +59,35 @@ def test_long_prompt_is_computed_in_chunks_beside_decodes():
         sizes.append([chunk.num_tokens for chunk in step.chunks])
         scheduler.commit(step, results_of(step))
     assert sizes == [[1, 7], [1, 7], [1, 6], [1, 1]]
+
+
+def test_tokens_whose_prompts_are_scored_are_few_in_a_step_and_others_fill_it(monkeypatch):
+    monkeypatch.setattr("loraswarm.engine.step_budget.MAX_SCORED_TOKENS", 5)
+    scheduler, _ = make_scheduler(num_pages=64, max_step_tokens=16)
+    sequences = [make_sequence(name, num, 2) for name, num in (("a", 7), ("b", 4), ("c", 20))]
+    for sequence in sequences[:2]:
+        params = replace(sequence.request.params, prompt_logprobs=0)
+        sequence.request = replace(sequence.request, params=params)
+        sequence.prompt_logprobs = [None]
+    for sequence in sequences:
+        scheduler.add(sequence, [])
+    sizes = []
+    for _ in range(4):
+        step = scheduler.plan()
+        sizes.append({chunk.sequence.request_id: chunk.num_tokens for chunk in step.chunks})
+        logprob = TokenLogprob(1, -1.0, 1, ())
+        scores = {"a": (logprob,) * sizes[-1].get("a", 0), "b": (logprob,) * sizes[-1].get("b", 0)}
+        results = [
+            replace(result, prompt_logprobs=scores.get(chunk.sequence.request_id, ()))
+            for chunk, result in zip(step.chunks, results_of(step), strict=True)
+        ]
+        scheduler.commit(step, results)
+    assert sizes == [
+        {"a": 5, "c": 11},
+        {"a": 2, "b": 3, "c": 9},
+        {"a": 1, "b": 1, "c": 1},
+        {"b": 1},
+    ]
 
 
 def test_oldest_is_admitted_first_and_seats_are_limited():

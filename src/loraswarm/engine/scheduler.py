@@ -20,6 +20,7 @@ from loraswarm.engine.holdings import Holdings
 from loraswarm.engine.policies import Policy
 from loraswarm.engine.sequence_events import error_event, token_event
 from loraswarm.engine.step import ChunkResult, PageFill, ScheduledChunk, Step
+from loraswarm.engine.step_budget import StepBudget
 from loraswarm.engine.supply import AdapterSupply
 from loraswarm.memory.adapter_cache import AdapterLoad
 from loraswarm.memory.memory import Memory
@@ -157,11 +158,10 @@ class Scheduler:
         planned: dict[Sequence, int] = {}
         ready = [s for s in self._running if self._is_ready(s) and _may_go_on(s, only)]
         preempted = self._plan_decodes(ready, planned)
-        budget = self._limits.num_tokens - len(planned)
+        budget = StepBudget(self._limits.num_tokens - len(planned))
         for sequence in ready:
-            if sequence not in planned and sequence not in preempted and budget > 0:
-                planned[sequence] = min(sequence.num_uncomputed, budget)
-                budget -= planned[sequence]
+            if sequence not in planned and sequence not in preempted:
+                budget.plan(sequence, planned)
         if not preempted:
             self._admit(planned, budget, only)
         return planned
@@ -282,7 +282,7 @@ class Scheduler:
         return preempted
 
     def _admit(
-        self, planned: dict[Sequence, int], budget: int, only: Container[str] | None
+        self, planned: dict[Sequence, int], budget: StepBudget, only: Container[str] | None
     ) -> None:
         """Start waiting sequences while tokens, seats and pages for their known tokens last.
 
@@ -291,7 +291,7 @@ class Scheduler:
         """
         allowed = [sequence for sequence in self._waiting if _may_go_on(sequence, only)]
         waiting = [sequence for sequence in allowed if self._is_at_hand(sequence)]
-        while waiting and budget > 0 and len(self._running) < self._limits.num_sequences:
+        while waiting and not budget.is_spent and len(self._running) < self._limits.num_sequences:
             sequence = self._policy.next_waiting(waiting)
             waiting.remove(sequence)
             if not self._is_at_hand(sequence):
@@ -299,8 +299,7 @@ class Scheduler:
             if not self._try_start(sequence):
                 return
             if self._is_ready(sequence):
-                planned[sequence] = min(sequence.num_uncomputed, budget)
-                budget -= planned[sequence]
+                budget.plan(sequence, planned)
 
     def _is_at_hand(self, sequence: Sequence) -> bool:
         """Whether its adapters could be copied into pages now; asks for those that could not.

@@ -15,6 +15,7 @@ from loraswarm.config import EngineConfig
 from loraswarm.engine.devices import default_pool_bytes, free_bytes, memory_report
 from loraswarm.engine.headroom import graph_bytes, step_bytes
 from loraswarm.engine.merge_places import linears_in_order
+from loraswarm.engine.step_budget import MAX_SCORED_TOKENS
 from loraswarm.errors import ConfigError
 from loraswarm.memory.geometry import PageGeometry
 from loraswarm.models.decoder import Decoder
@@ -107,7 +108,9 @@ def _taken_bytes(
     max_tokens = config.max_model_len or decoder.config.max_position
     try:
         return _Taken(
-            step_bytes(decoder, backend, geometry, config.max_step_tokens, num_rows),
+            step_bytes(
+                decoder, backend, geometry, config.max_step_tokens, num_rows + MAX_SCORED_TOKENS
+            ),
             graph_bytes(decoder, backend, geometry, num_rows, max_tokens),
         )
     except torch.OutOfMemoryError as error:
