@@ -36,10 +36,12 @@ from loraswarm.engine.messages import (
     Progress,
     Ready,
     Reply,
+    Reported,
     Start,
     StatsReply,
     Stop,
     Submit,
+    WatchResidency,
     commands_address,
     decode_command,
     encode,
@@ -114,6 +116,8 @@ class ChildEngine:
                 self._send_catalog(engine)
                 self._send(AnswerReply.of(answer.command_id, answer.result))
             self._send_catalog(engine)
+            if report := engine.reports.take(is_idle=_idle_s(engine) != 0.0):
+                self._send(Reported(report))
 
     def _handle(self, engine: Engine, command: Command) -> None:
         if isinstance(command, Submit):
@@ -130,6 +134,8 @@ class ChildEngine:
             self._send(AdaptersReply(engine.adapter_states()))
         elif isinstance(command, Administer):
             engine.begin_command(command.command_id, command.command())
+        elif isinstance(command, WatchResidency):
+            engine.reports.watch()
         elif isinstance(command, Stop):
             self._send(Events(engine.abort_all()))
             raise ParentGone

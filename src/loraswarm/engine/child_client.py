@@ -26,6 +26,7 @@ from loraswarm.core.admin import AdapterState, AdminCommand, AdminResult
 from loraswarm.core.client import AdapterSummary, EngineInfo, EngineStats
 from loraswarm.core.events import ErrorInfo, ReportedError, SequenceEvent
 from loraswarm.core.request import Request
+from loraswarm.core.residency_report import ResidencyReport
 from loraswarm.engine.messages import (
     Abort,
     AdaptersReply,
@@ -39,10 +40,12 @@ from loraswarm.engine.messages import (
     Failed,
     Progress,
     Ready,
+    Reported,
     Start,
     StatsReply,
     Stop,
     Submit,
+    WatchResidency,
     commands_address,
     decode_reply,
     encode,
@@ -84,6 +87,7 @@ class ChildEngineClient:
         self._closed = asyncio.Event()
         self._failure: ErrorInfo | None = None
         self._report: Report = log.info
+        self._on_residency: Callable[[ResidencyReport], None] = lambda report: None
         self._is_ready = False
         self._reader = asyncio.create_task(self._read())
         self._watcher = asyncio.create_task(self._watch())
@@ -175,6 +179,14 @@ class ChildEngineClient:
         self._send(Administer.of(command_id, command))
         return await future
 
+    def watch_residency(self, on_report: Callable[[ResidencyReport], None]) -> None:
+        """Hand `on_report` what the engine holds, a full report first, until it ends; asked again,
+        another full report. Raises EngineError if the engine is gone."""
+        if not self.is_alive:
+            raise EngineError(self._death().message)
+        self._on_residency = on_report
+        self._send(WatchResidency())
+
     async def wait_closed(self) -> None:
         await self._closed.wait()
 
@@ -224,6 +236,8 @@ class ChildEngineClient:
                 for name in reply.removed:
                     self._adapters.pop(name, None)
                 self._adapters.update(reply.changed)
+            elif isinstance(reply, Reported):
+                self._on_residency(reply.report)
             elif isinstance(reply, Progress):
                 self._report(reply.line)
             elif isinstance(reply, Ready):

@@ -28,6 +28,7 @@ from loraswarm.engine.merging import Merger
 from loraswarm.engine.model_runner import ModelRunner
 from loraswarm.engine.policies.merging import MergePolicy
 from loraswarm.engine.reception import Reception
+from loraswarm.engine.reports import ResidencyReports
 from loraswarm.engine.residency import Residency
 from loraswarm.engine.scheduler import Scheduler
 from loraswarm.engine.sequence_maker import SequenceMaker
@@ -104,6 +105,7 @@ class Engine:
         self._states = AdapterStates(
             parts.catalog, parts.residency, parts.memory, parts.scheduler, self._arrivals
         )
+        self.reports = ResidencyReports(parts.catalog, parts.residency, parts.memory, parts.host)
         self._administration = Administration(
             parts.catalog, parts.residency, parts.memory, parts.loader, self._states
         )
@@ -256,6 +258,7 @@ class Engine:
         """Rows of the catalog that are new or other than before, and names that are gone."""
         changed, removed = self._catalog.take_changes()
         self._states.forget(removed)
+        self.reports.note_names((*changed, *removed))
         return changed, removed
 
     def adapters(self) -> tuple[AdapterSummary, ...]:

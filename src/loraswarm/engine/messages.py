@@ -14,6 +14,7 @@ from loraswarm.core.admin import AdapterState, AdminCommand, AdminResult, ScanRe
 from loraswarm.core.client import AdapterSummary, EngineInfo, EngineStats
 from loraswarm.core.events import ErrorInfo, SequenceEvent
 from loraswarm.core.request import Request
+from loraswarm.core.residency_report import ResidencyReport
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
@@ -54,6 +55,10 @@ class Administer(msgspec.Struct, frozen=True, tag="administer"):
         """What was asked for."""
         command: AdminCommand = ADMIN_COMMANDS[self.kind](**self.arguments)
         return command
+
+
+class WatchResidency(msgspec.Struct, frozen=True, tag="watch_residency"):
+    """Report adapters and prefixes from now on: a full `Reported`, then one after changes."""
 
 
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
@@ -112,10 +117,22 @@ class CatalogChange(msgspec.Struct, frozen=True, tag="catalog"):
     removed: tuple[str, ...] = ()
 
 
+class Reported(msgspec.Struct, frozen=True, tag="reported"):
+    report: ResidencyReport
+
+
 ADMIN_COMMANDS = {kind.__name__: kind for kind in get_args(AdminCommand)}
-Command = Start | Submit | Abort | AskStats | AskAdapters | Administer | Stop
+Command = Start | Submit | Abort | AskStats | AskAdapters | Administer | WatchResidency | Stop
 Reply = (
-    Progress | Ready | Failed | Events | StatsReply | AdaptersReply | AnswerReply | CatalogChange
+    Progress
+    | Ready
+    | Failed
+    | Events
+    | StatsReply
+    | AdaptersReply
+    | AnswerReply
+    | CatalogChange
+    | Reported
 )
 
 encode = msgspec.msgpack.Encoder().encode

@@ -65,7 +65,8 @@ class AdapterCache:
     An idle adapter is offered to the order for what bringing back it *and* the prefixes that it
     made would cost, and for the bytes of both, since none of them is of use without it: when it
     comes up they leave first. One that queued requests want (protected) is not offered: Memory
-    evicts it when the order is empty.
+    evicts it when the order is empty. Who sets `touched` to a set finds there those that have
+    become ready or have left since.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class AdapterCache:
         self._protected: dict[AdapterKey, int] = {}
         self._left: list[AdapterKey] = []
         self._known_idle_pages: int | None = None
+        self.touched: set[AdapterKey] | None = None
         self.total_evictions = 0
 
     @property
@@ -295,6 +297,7 @@ class AdapterCache:
         resident.state = state
         if state == "failed":
             resident.is_kept = False
+        self._touch(key)
         self._settle(key)
 
     def _free(self, key: AdapterKey) -> None:
@@ -302,7 +305,12 @@ class AdapterCache:
         self._known_idle_pages = None
         self._order.forget(key)
         self._left.append(key)
+        self._touch(key)
         self._pages.free(key)
+
+    def _touch(self, key: AdapterKey) -> None:
+        if self.touched is not None:
+            self.touched.add(key)
 
     def _staying(self) -> list[AdapterKey]:
         return [key for key, resident in self._residents.items() if not resident.may_leave]

@@ -22,7 +22,8 @@ from loraswarm.memory.image import AdapterImage
 class HostCache:
     """Images by key. `total_evictions` counts those that left for want of room.
 
-    A protected image never leaves, so `num_bytes` may exceed `capacity_bytes` while many are.
+    A protected image never leaves, so `num_bytes` may exceed `capacity_bytes` while many are. Who
+    sets `touched` to a set finds there those that have come or left since.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class HostCache:
         self._users: dict[SharedMatrix, set[AdapterKey]] = {}
         self._protections: Counter[AdapterKey] = Counter()
         self._dropped: set[AdapterKey] = set()
+        self.touched: set[AdapterKey] | None = None
 
     @property
     def num_images(self) -> int:
@@ -161,6 +163,7 @@ class HostCache:
             shared[matrix] = self._matrices[matrix]
         self._images[key] = replace(image, shared=shared)
         self.num_bytes += image.num_bytes
+        self._touch(key)
 
     def _offer(self, key: AdapterKey) -> None:
         num_bytes = self._images[key].num_bytes
@@ -187,9 +190,14 @@ class HostCache:
         self._order.forget(key)
         if image is None:
             return
+        self._touch(key)
         self.num_bytes -= image.num_bytes
         for matrix in image.shared:
             self._users[matrix].remove(key)
             if not self._users[matrix]:
                 self.num_bytes -= self._matrices.pop(matrix).nbytes
                 del self._users[matrix]
+
+    def _touch(self, key: AdapterKey) -> None:
+        if self.touched is not None:
+            self.touched.add(key)

@@ -7,7 +7,7 @@ nothing else can match. Called by KVCache for sequences and by Memory to evict a
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NamedTuple, Protocol
@@ -94,7 +94,8 @@ class PrefixCache:
         sql          [1] -- [2]           and only when it is idle
 
     Who uses a page uses all before it, so what follows an idle page is idle: every idle page can
-    be evicted, the last of a prefix first.
+    be evicted, the last of a prefix first. Who sets `touched` to a set finds there the hashes of
+    pages that have come or left since.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class PrefixCache:
         self._of_adapter: dict[AdapterKey, dict[CachedPage, None]] = {}
         self._dropped: set[CachedPage] = set()
         self._num_idle_pages = 0
+        self.touched: set[bytes] | None = None
         self.total_evicted_pages = 0
         self.total_hit_tokens = 0
         self.total_asked_tokens = 0
@@ -132,6 +134,14 @@ class PrefixCache:
     def num_used_pages(self) -> int:
         """Pages that sequences use, with those that were dropped."""
         return self.num_pages - self._num_idle_pages
+
+    def has(self, digest: bytes) -> bool:
+        """Whether sequences that come now would find that page."""
+        return digest in self._pages
+
+    def digests(self) -> Iterable[bytes]:
+        """Hashes of the pages that sequences which come now would find."""
+        return self._pages.keys()
 
     def begin(
         self, token_ids: Sequence[int], salt: PrefixSalt, max_tokens: int
@@ -254,16 +264,10 @@ class PrefixCache:
     def _next_digest(
         self, chain: Sequence[CachedPage], salt: PrefixSalt, token_ids: Sequence[int]
     ) -> bytes:
-        """Hash of the page of `token_ids` after `chain`: parent, tag (none or HASH_BYTES), tokens.
-
-        The tokens of a page are equally many everywhere, so the parts cannot run together.
-        """
-        size = self._geometry.page_tokens
-        assert len(token_ids) == size
-        begin = len(chain) * size
-        parts = chain[-1].digest if chain else _ROOT
-        parts += salt.tag_of(begin, begin + size) + array("q", token_ids).tobytes()
-        return blake2b(parts, digest_size=HASH_BYTES).digest()
+        """Hash of the page of `token_ids` after `chain`."""
+        assert len(token_ids) == self._geometry.page_tokens
+        parent = chain[-1].digest if chain else _ROOT
+        return _page_digest(parent, salt, token_ids, len(chain) * len(token_ids))
 
     def _add(
         self, digest: bytes, parent: CachedPage | None, keys: tuple[AdapterKey, ...], held: HeldPage
@@ -273,6 +277,7 @@ class PrefixCache:
         index = 0 if parent is None else parent.index + 1
         page = CachedPage(held.page, digest, index, parent, keys)
         self._pages[digest] = page
+        self._touch(digest)
         self._num_idle_pages += 1
         if parent is not None:
             parent.num_children += 1
@@ -295,6 +300,7 @@ class PrefixCache:
         for page in pages:
             page.is_dropped = True
             del self._pages[page.digest]
+            self._touch(page.digest)
             self._order.forget(page.digest)
         for page in pages:
             if page.parent is not None:
@@ -319,6 +325,29 @@ class PrefixCache:
         size = self._geometry.page_tokens
         cost_s = self._costs.prefix_page_s(size, page.index * size)
         self._order.offer(page.digest, cost_s, self._geometry.page_bytes)
+
+    def _touch(self, digest: bytes) -> None:
+        if self.touched is not None:
+            self.touched.add(digest)
+
+
+def prefix_digests(token_ids: Sequence[int], salt: PrefixSalt, page_tokens: int) -> Iterator[bytes]:
+    """Hashes of the full pages of a prompt, as caches of any engine name them."""
+    digest = _ROOT
+    for begin in range(0, len(token_ids) - page_tokens + 1, page_tokens):
+        digest = _page_digest(digest, salt, token_ids[begin : begin + page_tokens], begin)
+        yield digest
+
+
+def _page_digest(parent: bytes, salt: PrefixSalt, token_ids: Sequence[int], begin: int) -> bytes:
+    """Hash of the page of `token_ids`, the first of which is the `begin`-th of its prompt: parent,
+    tag (none or HASH_BYTES), tokens.
+
+    The tokens of a page are equally many everywhere, so the parts cannot run together.
+    """
+    tag = salt.tag_of(begin, begin + len(token_ids))
+    parts = parent + tag + array("q", token_ids).tobytes()
+    return blake2b(parts, digest_size=HASH_BYTES).digest()
 
 
 def _owner(page: int) -> Owner:
