@@ -41,7 +41,7 @@ class MigrationOptions:
     queue_difference: float = 0.25
     least_gain_share: float = 0.05
     adapter_share: float = 0.5
-    time_limit_s: float = 0.015
+    time_limit_s: float = 0.012
 
     def __post_init__(self) -> None:
         for name in ("full_share", "fill_difference", "queue_difference", "least_gain_share"):

@@ -5,6 +5,7 @@ they take off; each goes where the load stays lowest. Then the most loaded repli
 away or exchanges one, as long as that lowers the larger load of the two. At the end of that, some
 requests are placed at random and the search is repeated; the best placement counts. Nothing is
 random but for a fixed seed: a problem has one answer unless the time limit cuts the search short.
+How near that comes to the best placement: benchmarks/migration_solvers.py.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from loraswarm.cluster.migration.objective import (
 from loraswarm.cluster.migration.placement import Placement
 from loraswarm.cluster.migration.problem import MigrationProblem, Solution
 
-NUM_ROUNDS = 400
+NUM_ROUNDS = 50
+TIME_LIMIT_S = 0.012
 NUM_SHEDDINGS = 4
 PLACED_AT_ONCE = 32
 KICKED = 3
@@ -46,7 +48,7 @@ class Greedy:
     num_rounds: int = NUM_ROUNDS
     seed: int = 0
 
-    def solve(self, problem: MigrationProblem, time_limit_s: float = 0.015) -> Solution:
+    def solve(self, problem: MigrationProblem, time_limit_s: float = TIME_LIMIT_S) -> Solution:
         start_s = time.perf_counter()
         indexed = Indexed.of(problem)
         bound = Bound(indexed)
@@ -76,7 +78,8 @@ class _Search:
     def shed(self, level_s: float) -> None:
         """Move requests off replicas whose load is above `level_s`, the longest first.
 
-        Repeated, as what leaves changes what overflows and which adapters are needed.
+        Repeated, as what leaves changes what overflows and which adapters are needed. The time
+        limit does not end it: it takes about 20 us for each move.
         """
         for _ in range(NUM_SHEDDINGS):
             leavers: list[int] = []
@@ -86,7 +89,7 @@ class _Search:
             for begin in range(0, len(leavers), PLACED_AT_ONCE):
                 self._place(leavers[begin : begin + PLACED_AT_ONCE], level_s)
             self._keep()
-            if not leavers or time.perf_counter() > self.end_s:
+            if not leavers:
                 break
 
     def _leavers(self, replica: int, excess_s: float) -> list[int]:

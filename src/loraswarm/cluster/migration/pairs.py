@@ -75,10 +75,11 @@ def choose_pair(indexed: Indexed, constants: PairConstants) -> tuple[int, int] |
     open_to = [j for j, room in enumerate(replicas) if room.accepts]
     if len(open_to) < 2:
         return None
-    fills, counts = [0.0] * len(replicas), [0] * len(replicas)
+    used, counts = [0] * len(replicas), [0] * len(replicas)
     for request, j in zip(indexed.problem.requests, indexed.home, strict=True):
-        fills[j] += request.memory_bytes / max(1, replicas[j].pool_bytes)
+        used[j] += request.memory_bytes
         counts[j] += 1
+    fills = [used[j] / max(1, room.pool_bytes) for j, room in enumerate(replicas)]
     most, least = max(open_to, key=fills.__getitem__), min(open_to, key=fills.__getitem__)
     if fills[most] >= constants.full_share > fills[least]:
         return most, least
