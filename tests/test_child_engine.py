@@ -15,6 +15,7 @@ from loraswarm.config import EngineConfig
 from loraswarm.core.admin import LoadAdapter, UnloadAdapter
 from loraswarm.core.client import served_names
 from loraswarm.core.request import SamplingParams
+from loraswarm.core.residency_report import page_ids
 from loraswarm.engine.child_client import ChildEngineClient
 from loraswarm.errors import ConfigError, EngineError
 
@@ -104,6 +105,40 @@ def test_answers_equal_those_of_an_engine_in_this_process(swarm, started):
         assert tokens == expected[request.request_id]
         assert [event.finish_reason for event in events].count(None) == len(events) - 1
     assert any("loading" in line for line in started.lines)
+
+
+def test_what_the_engine_holds_is_reported_from_when_it_is_asked_for(started):
+    client = started.shared
+    reports = []
+
+    async def until(condition):
+        async with asyncio.timeout(60):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    async def main():
+        prompt = prompt_of(5, 200)
+        await collect(client, make_request("x", "a001", prompt))
+        assert reports == [], "nobody has asked"
+        client.watch_residency(reports.append)
+        await until(lambda: len(reports) == 1)
+        await collect(client, make_request("y", "a002", prompt))
+        await until(lambda: any("a002" in report.tiers for report in reports))
+        told = len(reports)
+        client.watch_residency(reports.append)
+        await until(lambda: len(reports) > told and reports[-1].is_full)
+
+    started.runner.run(main())
+    first, *changes, last = reports
+    assert first.is_full
+    assert first.tiers["a001"] == "device"
+    assert first.added_pages
+    assert last.tiers == {"a002": "device"} | first.tiers
+    assert not any(report.is_full for report in changes)
+    joined = [report.added_pages for report in (first, *changes)]
+    assert sorted(page_ids(b"".join(joined))) == sorted(page_ids(last.added_pages))
+    assert [report.number for report in reports] == list(range(len(reports)))
+    assert len({report.epoch for report in reports}) == 1
 
 
 def test_an_unload_is_answered_when_its_last_request_ends_though_nothing_else_happens(started):
