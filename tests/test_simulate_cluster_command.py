@@ -81,6 +81,8 @@ def test_traces_come_from_files_as_they_are(capsys, monkeypatch, tmp_path):
         (["--replicas", str(MAX_REPLICAS + 1)], "1,000"),
         (["--adapters", str(MAX_ADAPTERS + 1)], "100,000"),
         (["--requests", "1"], "--requests is 1"),
+        (["--seats", "0"], "--seats is 0"),
+        (["--step-tokens", "31"], "--step-tokens is 31; it must be from 32"),
         (["--seed", "-1"], "--seed is -1"),
         (["--utilization", "0"], "--utilization is 0.0"),
         (["--utilization", "nan"], "--utilization is nan"),

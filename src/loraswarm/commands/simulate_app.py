@@ -102,6 +102,8 @@ def simulate_cluster(
     seed: Annotated[int, typer.Option(help="Makes the generated traces, and ranks.")] = 0,
     cost_model: CostModel = None,
     utilization: Utilization = None,
+    seats: Annotated[int, typer.Option(help="Requests that a replica runs at once.")] = 32,
+    step_tokens: Annotated[int, typer.Option(help="The most tokens of a step.")] = 512,
     pool: Annotated[
         str, typer.Option(metavar="BYTES", help="Pages of a replica, for K/V and adapters.")
     ] = "4GiB",
@@ -130,6 +132,8 @@ def simulate_cluster(
             seed=seed,
             cost_model=cost_model,
             utilization=utilization,
+            seats=seats,
+            step_tokens=step_tokens,
             pool=pool,
             host_cache=host_cache,
             link=link,

@@ -32,8 +32,8 @@ from loraswarm.simulate.plot import check_plot
 MAX_REPLICAS = 1_000
 MAX_ADAPTERS = 100_000
 MAX_REQUESTS = 1_000_000
-NUM_SEATS = 32
-MAX_STEP_TOKENS = 512
+MAX_SEATS = 4096
+MAX_STEP_TOKENS = 65_536
 PAGE_TOKENS = 16
 LINK_FIXED_S = 0.001
 DEFAULT_UTILIZATION = 0.8
@@ -69,6 +69,8 @@ class ClusterOptions:
     seed: int = 0
     cost_model: str | None = None
     utilization: float | None = None
+    seats: int = 32
+    step_tokens: int = 512
     pool: str = "4GiB"
     host_cache: str = "4GiB"
     link: str = "1250MB"
@@ -86,10 +88,12 @@ class ClusterOptions:
             ("--replicas", self.replicas, 1, MAX_REPLICAS),
             ("--adapters", self.adapters, 1, MAX_ADAPTERS),
             ("--requests", self.requests, 2, MAX_REQUESTS),
+            ("--seats", self.seats, 1, MAX_SEATS),
+            ("--step-tokens", self.step_tokens, self.seats, MAX_STEP_TOKENS),
         )
         for name, value, least, most in limits:
             if not least <= value <= most:
-                raise ConfigError(f"{name} is {value}; it must be from {least} to {most:,}")
+                raise ConfigError(f"{name} is {value}; it must be from {least:,} to {most:,}")
         if self.seed < 0:
             raise ConfigError(f"--seed is {self.seed}; it must be >= 0")
         if self.utilization is not None and not 0.0 < self.utilization <= 10.0:
@@ -106,8 +110,8 @@ class ClusterOptions:
         page_bytes = PAGE_TOKENS * max(1, figures.kv_token_bytes)
         num_pages = _bytes("--pool", self.pool, page_bytes) // page_bytes
         limits = ReplicaLimits(
-            num_seats=NUM_SEATS,
-            max_step_tokens=MAX_STEP_TOKENS,
+            num_seats=self.seats,
+            max_step_tokens=self.step_tokens,
             num_pages=num_pages,
             page_tokens=PAGE_TOKENS,
             page_bytes=page_bytes,
