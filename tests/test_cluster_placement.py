@@ -223,6 +223,13 @@ def test_local_search_swaps_where_a_move_would_not_help_or_has_no_room():
     assert sorted(placement.loads) == [9.0, 9.0]
 
 
+def test_local_search_moves_nothing_where_there_is_no_room():
+    demand = demand_of([3.0, 2.0, 1.0], num_bytes=5.0)
+    placement = placed(demand, {0: [0], 1: [0], 2: [0]}, [15.0, 4.0])
+    assert search(placement, demand) == 0
+    check(placement, demand, [15.0, 4.0])
+
+
 @pytest.mark.parametrize(("churn", "tolerance"), [(2.1, 0.0), (0.0, 0.34)])
 def test_local_search_leaves_what_is_not_worth_it(churn, tolerance):
     demand = demand_of([2.0, 2.0, 2.0, 2.0], churn=churn)
@@ -277,6 +284,10 @@ def test_spare_copies_go_to_the_adapter_that_a_burst_would_hurt_first():
     assert tolerance.least() > before
     assert tolerance.raise_least(9, 1.0, lambda: 0.0) == 1, "it is everywhere then"
     assert placement.replicas_of[0] == [0, 2, 1]
+    placement = placed(demand, {0: [0], 1: [1], 2: [2]}, [ROOM] * 3)
+    held = BurstTolerance(placement, demand, [100.0, 90.0, 100.0], Held({}, {0: [1]}))
+    held.raise_least(1, 1.0, lambda: 0.0)
+    assert placement.replicas_of[0] == [0, 1], "where it is held already"
 
 
 def test_no_spare_copy_lowers_the_least_tolerance_or_takes_room_that_is_not_there():

@@ -141,6 +141,9 @@ def test_a_prompt_is_found_as_far_as_a_replica_has_it():
     assert found.best_replicas() == ("r0",)
     other = prefixes.find([*tokens[:8], 99, *tokens[9:]], ())
     assert [other.tokens_at(name) for name in ("r0", "r1")] == [8, 4]
+    book.apply("r1", report(1, removed=pages[:1], added=pages[1:]))
+    assert prefixes.find(tokens, ()).tokens_at("r1") == 0, "what follows a gap is of no use"
+    book.apply("r1", report(2, removed=pages[1:], added=pages[:1]))
     book.apply("r0", report(1, removed=pages[1:]))
     assert prefixes.find(tokens, ()).best_replicas() == ("r0", "r1")
     assert prefixes.find([99, *tokens], ()).best_replicas() == ()

@@ -119,6 +119,10 @@ def test_dlora_counts_batches_and_trades_an_idle_copy_for_a_transfer():
     assert dispatch.route(request("new", "small"), view) == "r1"
     decoding(r1, "other")
     assert dispatch.route(request("new", "small"), view) == "r2"
+    view.set_tier("r2", "large", "device")
+    for each in [*r0.requests]:
+        r0.remove(each)
+    assert dispatch.route(request("new", "large"), view) == "r2", "a transfer takes time"
 
 
 def test_marginal_prefers_residency_until_the_queue_is_longer_than_the_load():
@@ -172,6 +176,33 @@ def test_marginal_finds_holders_among_many_replicas(num_holders):
     chosen = Counter(router.route(request(str(i), "large"), view) for i in range(60))
     assert all("large" in view.replicas[each].tiers for each in chosen)
     assert len(chosen) > 1 or num_holders == 1
+
+
+class Backwards(set):
+    """A set in another order, as there is in another process."""
+
+    def __iter__(self):
+        return iter(sorted(super().__iter__(), reverse=True))
+
+
+def test_marginal_draws_the_same_holders_whatever_the_order_of_a_set_is():
+    def decisions(kind):
+        view = view_of(300)
+        for index in range(40):
+            view.set_tier(f"r{index}", "large", "device")
+        view.holders["large"] = kind(view.holders["large"])
+        router = MarginalCost(0)
+        return [router.route(request(str(i), "large"), view) for i in range(20)]
+
+    assert decisions(Backwards) == decisions(set)
+
+
+def test_marginal_finds_the_only_replica_of_many_that_accepts():
+    view = view_of(300)
+    for name, replica in view.replicas.items():
+        replica.accepts = name == "r222"
+    router = MarginalCost(0)
+    assert {router.route(request(str(i)), view) for i in range(9)} == {"r222"}
 
 
 def test_marginal_finds_the_cached_prefix_among_many_replicas():

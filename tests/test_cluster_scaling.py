@@ -14,7 +14,7 @@ from loraswarm.cluster.scaling import (
     queue_s,
 )
 from loraswarm.errors import ConfigError
-from routing_cases import LIMITS, decoding, view_of
+from routing_cases import LIMITS, decoding, request, view_of
 
 RULES = ScalingRules(min_replicas=1, max_replicas=4, target_wait_s=2.0)
 PAUSE_S = 1000.0
@@ -77,7 +77,7 @@ def test_a_draining_replica_is_reopened_before_another_is_started():
 
 
 def test_the_lightest_is_drained_when_the_others_have_room_for_all_for_a_while():
-    view = busy_view(3, 1)
+    view = busy_view(4, 1)
     decoding(view.replicas["r0"])
     assert fits_without_one(accepting(view), view, RULES.fill_share)
     scaler = Autoscaler(RULES)
@@ -86,6 +86,9 @@ def test_the_lightest_is_drained_when_the_others_have_room_for_all_for_a_while()
     view.set_tier("r1", "small", "device")
     assert scaler.decide(view) == Drain("r2"), "r1 alone holds an adapter"
     view.replicas["r2"].accepts = False
+    view.replicas["r0"].remove("r0-1")
+    assert fits_without_one(accepting(view), view, RULES.fill_share)
+    scaler.decide(view, draining=["r2"])
     view.now_s += PAUSE_S
     assert scaler.decide(view, draining=["r2"]) is None, "one after the other"
 
@@ -102,6 +105,27 @@ def test_a_break_in_between_begins_the_patience_anew():
     view.now_s += 1
     assert scaler.decide(view) is None
     view.now_s += RULES.patience_s
+    assert scaler.decide(view) == Drain("r0")
+
+
+def test_a_wait_in_between_begins_the_patience_anew():
+    view = busy_view(2, 1)
+    rules = ScalingRules(min_replicas=1, max_replicas=2)
+    scaler = Autoscaler(rules)
+    scaler.decide(view)
+    for name, replica in view.replicas.items():
+        replica.add(request(f"long-{name}", prompt=1, prefill=100_000))
+    view.replicas["r1"].remove("r1-0")
+    view.replicas["r0"].remove("r0-0")
+    view.now_s += rules.patience_s
+    assert queue_s(view, accepting(view)) > rules.target_wait_s
+    assert fits_without_one(accepting(view), view, rules.fill_share)
+    assert scaler.decide(view) is None
+    for name, replica in view.replicas.items():
+        replica.remove(f"long-{name}")
+    view.now_s += 1
+    assert scaler.decide(view) is None
+    view.now_s += rules.patience_s
     assert scaler.decide(view) == Drain("r0")
 
 

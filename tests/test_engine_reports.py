@@ -144,6 +144,8 @@ def test_nothing_is_noted_or_told_until_somebody_watches(engine):
     assert engine._memory.adapters.touched is None
     assert engine._parts.host.touched is None
     assert engine._memory.prefixes.touched is None
+    engine.take_catalog_changes()
+    assert engine.reports._names == set()
     engine.reports.watch()
     report = engine.reports.take(is_idle=True)
     assert report is not None
@@ -151,6 +153,20 @@ def test_nothing_is_noted_or_told_until_somebody_watches(engine):
     assert report.tiers == {"a000": "device", "a001": "device"}
     assert report.added_pages != b""
     assert engine.reports.take(is_idle=True) is None, "nothing has changed"
+
+
+def test_an_adapter_is_told_at_each_tier_though_its_name_stays_what_it_was(engine):
+    watcher = Watcher(engine)
+    engine.reports.watch()
+    engine.add(make_request("x", "a000", prompt_of(0, 40), SHORT))
+    seen = []
+    while engine.has_work:
+        engine.step()
+        engine._catalog.take_changes()  # so that names are not looked at for the catalog's sake
+        watcher.turn()
+        watcher.check()
+        seen.append(watcher.view.replicas["r0"].tiers.get("a000"))
+    assert list(dict.fromkeys(seen))[-2:] == ["host", "device"]
 
 
 def test_a_lost_report_is_noticed_and_made_good(engine):
@@ -200,3 +216,18 @@ def test_another_content_of_a_name_is_not_told_as_the_old_one(engine, swarm):
         engine.step()
     watcher.turn()
     assert watcher.view.replicas["r0"].tiers == {}
+
+
+def test_a_name_that_is_served_no_more_is_told_while_its_last_request_runs(engine):
+    watcher = Watcher(engine)
+    engine.reports.watch()
+    engine.add(make_request("x", "a000", prompt_of(0, 40)))
+    while watcher.view.replicas["r0"].tiers != {"a000": "device"}:
+        engine.step()
+        watcher.turn()
+    engine.begin_command(1, UnloadAdapter("a000"))
+    engine.step()
+    watcher.turn()
+    assert engine.has_work
+    assert watcher.view.replicas["r0"].tiers == {}
+    watcher.check()
