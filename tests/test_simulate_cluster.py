@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from loraswarm.simulate.cluster.cluster import Cluster, Setup
 from loraswarm.simulate.cluster.compare import figures_of
 from loraswarm.simulate.cluster.policies import GREEDY_PERIOD_S, NAMES, Policy, check_policies
 from loraswarm.simulate.cluster.replica import Replica
+from loraswarm.simulate.cluster.stock import Stock
 from loraswarm.simulate.cluster.traces import BASE, busy_s, make_trace, of_columns, scaled
 from loraswarm.simulate.machine import Machine, default_figures
 
@@ -83,6 +85,8 @@ def check_all(cluster):
         assert not replica.can_run()
         if not replica.is_stepping:
             replica.check()
+        if not cluster.open_requests():
+            replica.stock.check(0)
     views = cluster.view.replicas.values()
     assert sum(len(each.requests) for each in views) <= len(cluster.open_requests())
     for each in views:
@@ -157,6 +161,8 @@ def test_a_steps_work_is_that_of_its_chunks(monkeypatch):
             num_compared["rows"] += len(rows) > 1
             num_compared["chunks"] += len(chunks) > len(rows)
             work = StepWork.of(chunks, FIGURES.kv_token_bytes)
+            assert min(each.num_tokens for each in chunks) >= 1
+            assert work.num_tokens <= LIMITS.max_step_tokens
             assert seconds == pytest.approx(FIGURES.step_s(work))
         return seconds
 
@@ -223,22 +229,23 @@ def test_arrival_rates_keep_replicas_busy_as_said():
 
 
 class TestMoves:
-    """One request of 4 + 20 tokens, steps of 0.25 s; a move is decided at GREEDY_PERIOD_S."""
+    """Requests of 4 + 20 tokens, steps of 0.25 s; moves are decided at GREEDY_PERIOD_S, 1 s."""
+
+    SENT_S = 0.001 + LINK.seconds_for(2 * PAGE_BYTES)  # 4 + 4 - 1 tokens, in pages of 4
 
     @staticmethod
-    def run_with(how, move_id="0"):
-        limits = replace(SMALL_LIMITS, max_step_tokens=16)
-        rows = [(0.0, None, 4, 20), (0.0, None, 4, 2)]
+    def run_with(how, moved=("0",), max_step_tokens=16, **options):
+        limits = replace(SMALL_LIMITS, max_step_tokens=max_step_tokens)
+        rows = [(0.0, None, 4, 20), (0.0, None, 4, 2), (0.0, None, 4, 20)]
+        setup = replace(setup_of(2, limits, plain_costs(0.25, 0.0)), **options)
         mover = Policy(name="moved", router="round-robin", migration="greedy")
-        cluster = Cluster(rows_trace(*rows), setup_of(2, limits, plain_costs(0.25, 0.0)), mover)
-        asked = Counter()
+        cluster = Cluster(rows_trace(*rows), setup, mover)
+        moves = [tuple(Move(each, "r0", "r1", how) for each in moved)]
 
         def plan_moves(view):
-            asked["times"] += 1
             nothing = Objective((), 0.0, 0.0, 0.0)
-            moves = (Move(move_id, "r0", "r1", how),) if asked["times"] == 1 else ()
             return Solution(
-                moves=moves,
+                moves=moves.pop() if moves else (),
                 adapter_loads=(),
                 before=nothing,
                 after=nothing,
@@ -249,25 +256,45 @@ class TestMoves:
         cluster._plan_moves = plan_moves
         return cluster.run(check_all)
 
-    def test_nothing_moved(self):
-        run = self.run_with("kv", move_id="1")
+    def test_one_that_is_elsewhere_stays_there(self):
+        run = self.run_with("kv", moved=("1",))
         assert run.moved.num_requests == 0
         assert run.requests[0].end_s == 20 * 0.25
 
     def test_with_its_kv_it_goes_on_when_that_has_come(self):
         assert GREEDY_PERIOD_S == 1.0
         run = self.run_with("kv")
-        num_bytes = 2 * PAGE_BYTES  # 4 + 4 - 1 tokens
-        sent_s = 0.001 + LINK.seconds_for(num_bytes)
-        assert run.requests[0].end_s == pytest.approx(1.0 + sent_s + 16 * 0.25)
+        assert run.requests[0].end_s == pytest.approx(1.0 + self.SENT_S + 16 * 0.25)
         moved = run.moved
-        assert (moved.num_requests, moved.num_bytes, moved.num_lost_tokens) == (1, num_bytes, 0)
+        assert (moved.num_requests, moved.num_bytes) == (1, 2 * PAGE_BYTES)
+        assert moved.num_lost_tokens == 0
+
+    def test_a_link_carries_one_at_a_time(self):
+        run = self.run_with("kv", moved=("0", "2"))
+        first_s = 1.0 + self.SENT_S
+        second_s = first_s + LINK.seconds_for(2 * PAGE_BYTES)
+        # the second comes within a step of the first
+        assert second_s < first_s + 0.25
+        assert run.requests[0].end_s == pytest.approx(first_s + 16 * 0.25)
+        assert run.requests[2].end_s == pytest.approx(first_s + 17 * 0.25)
 
     def test_without_it_all_is_computed_again(self):
-        run = self.run_with("prefill")
-        assert run.requests[0].end_s == pytest.approx(1.0 + 0.001 + 16 * 0.25)
+        """8 tokens in two steps, of which the second gives the next one."""
+        run = self.run_with("prefill", max_step_tokens=4)
+        assert run.requests[0].end_s == pytest.approx(1.0 + 0.001 + 17 * 0.25)
         moved = run.moved
         assert (moved.num_requests, moved.num_bytes, moved.num_lost_tokens) == (1, 0, 7)
+
+    def test_moves_wait_for_their_solver_if_that_is_counted(self, monkeypatch):
+        readings = itertools.count()
+        monkeypatch.setattr(
+            "loraswarm.simulate.cluster.cluster.time.perf_counter", lambda: 0.5 * next(readings)
+        )
+        lost = [
+            self.run_with("prefill", counts_solving=counts).moved.num_lost_tokens
+            for counts in (False, True)
+        ]
+        assert lost == [7, 9]
 
 
 class OnlyTo:
@@ -282,7 +309,9 @@ class OnlyTo:
 
 @pytest.mark.parametrize("name", ["ours", "dlora"])
 def test_migration_spreads_what_was_routed_to_one_replica(name):
-    rows = [(0.01 * place, "ab"[place % 2], 400, 30) for place in range(120)]
+    """dLoRA's needs places: `c`, which r0 has in pages and nobody uses, gives one."""
+    rows = [(0.01 * place, "b", 400, 30) for place in range(120)]
+    rows += [(200.0, "a", 1, 1), (200.0, "c", 1, 1)]
     runs = []
     for migration in (None, policy(name).migration):
         cluster = Cluster(
@@ -292,7 +321,86 @@ def test_migration_spreads_what_was_routed_to_one_replica(name):
         runs.append(cluster.run(check_all))
     assert runs[0].moved.num_requests == 0
     assert runs[1].moved.num_requests > 0
-    assert runs[1].duration_s < 0.9 * runs[0].duration_s
+    ends = [max(each.end_s for each in run.requests[:120]) for run in runs]
+    assert ends[1] < 0.9 * ends[0]
+
+
+def test_punica_holds_what_has_no_room_and_sends_it_when_one_has_ended():
+    """Steps of a second; two seats on each of two replicas, filled one after the other."""
+    rows = [(0.0, None, 1, outputs) for outputs in (2, 2, 3, 4, 2, 2)]
+    setup = setup_of(2, SMALL_LIMITS, plain_costs(1.0, 0.0))
+    run = Cluster(rows_trace(*rows), setup, policy("punica")).run(check_all)
+    assert [each.replica_id for each in run.requests] == ["r1", "r1", "r0", "r0", "r1", "r1"]
+    assert [each.end_s for each in run.requests] == [2.0, 2.0, 3.0, 4.0, 4.0, 4.0]
+
+
+def test_placement_brings_adapters_before_they_are_asked_for():
+    trace, marginal = busy_trace("code", 4, 200), policy("marginal")
+    placing = replace(marginal, has_placement=True)
+    runs = [Cluster(trace, setup_of(4), each).run(check_all) for each in (marginal, placing)]
+    assert runs[1].num_loads > runs[0].num_loads
+
+
+class Alone:
+    """Surroundings of one stock: an adapter takes 4 pages; what is to happen is in `actions`."""
+
+    costs = plain_costs(1.0, 0.0)
+
+    def __init__(self):
+        self.actions, self.tiers = [], {}
+
+    def now_s(self):
+        return 0.0
+
+    def bytes_of(self, adapter):
+        return 4 * PAGE_BYTES
+
+    def after(self, seconds, action):
+        self.actions.append((seconds, action))
+
+    def set_tier(self, replica_id, adapter, tier):
+        self.tiers[adapter] = tier
+
+    def wake(self, replica_id):
+        pass
+
+    def happen(self):
+        self.actions.pop(0)[1]()
+
+
+def test_an_adapter_that_is_waited_for_leaves_last_and_comes_again():
+    around = Alone()
+    limits = replace(LIMITS, num_pages=10, host_bytes=4 * PAGE_BYTES)
+    stock = Stock("r0", limits, around, lambda adapter: None)
+    stock.begin_with("y")  # fills host memory
+    stock.begin_with("x")
+    assert around.tiers == {"y": "device"}
+    for adapter in ("y", "x"):
+        stock.hold(adapter)
+    assert not around.actions  # host memory is full of what is waited for
+    stock.pin("y")
+    stock.release("y")
+    stock.unpin("y")
+    around.happen()  # x has come, in the place of y
+    assert around.tiers == {"y": "device", "x": "host"}
+    stock.pin("x")
+    stock.unpin("x")
+    around.happen()
+    assert stock.num_free == 2
+    assert stock.make_room(6)
+    assert around.tiers == {"y": None, "x": "device"}
+    stock.hold("y")
+    stock.release("x")
+    around.happen()
+    assert around.tiers == {"y": "host", "x": "device"}
+    stock.hold("x")
+    assert stock.make_room(10)
+    assert around.tiers == {"y": "host", "x": None}
+    stock.release("y")
+    assert [seconds for seconds, _ in around.actions] == [3.0]
+    around.happen()
+    assert around.tiers == {"y": None, "x": "host"}
+    stock.check(0)
 
 
 class TestTraces:
@@ -330,6 +438,13 @@ class TestTraces:
         assert (few.arrivals_s == many.arrivals_s).all()
         assert (few.prompts == many.prompts).all()
         assert (few.adapters != many.adapters).any()
+
+    def test_a_burst_is_of_one_adapter(self):
+        shares = []
+        for name in ("code", "conversation"):
+            adapters = make_trace(name, MACHINE, 5_000, 100, 0).adapters
+            shares.append(float(np.mean(adapters[1:] == adapters[:-1])))
+        assert shares[0] > 0.4 > 0.2 > shares[1]
 
     def test_adapters_are_on_and_off(self):
         """A popular adapter's requests come in fewer of the minutes than if it were always on."""
