@@ -103,3 +103,12 @@ def test_mistakes_are_one_line_before_anything_is_simulated(capsys, monkeypatch,
     assert err.startswith("loraswarm: error: ")
     assert len(err.splitlines()) == 1
     assert part in err
+
+
+def test_without_its_solver_dlora_is_refused_and_others_run(capsys, monkeypatch):
+    monkeypatch.setattr("loraswarm.simulate.cluster.policies.find_spec", lambda name: None)
+    code, out, err = run(capsys, monkeypatch, *SMALL)
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert "loraswarm[cluster]" in err
+    code, out, _ = run(capsys, monkeypatch, *SMALL, "--policies", "ours,dlora-dispatch")
+    assert (code, len(out.splitlines())) == (0, 3)

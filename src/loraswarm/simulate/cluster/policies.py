@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Literal
 
 from loraswarm.cluster.migration.from_view import MigrationOptions, MigrationPlanner, problem_of
@@ -59,7 +60,8 @@ NAMES = tuple(_POLICIES)
 
 
 def check_policies(names: Sequence[str]) -> tuple[Policy, ...]:
-    """Raises ConfigError for an unknown one or one that comes twice."""
+    """Raises ConfigError for an unknown one, one that comes twice, or one whose solver is not
+    installed."""
     for name in names:
         if name not in _POLICIES:
             raise ConfigError(
@@ -67,7 +69,13 @@ def check_policies(names: Sequence[str]) -> tuple[Policy, ...]:
             )
     if len(set(names)) < len(names):
         raise ConfigError(f"--policies names one twice: {','.join(names)}")
-    return tuple(_POLICIES[name] for name in names)
+    found = tuple(_POLICIES[name] for name in names)
+    if any(each.migration == "pairs" for each in found) and find_spec("highspy") is None:
+        raise ConfigError(
+            "policy 'dlora' needs HiGHS: pip install 'loraswarm[cluster]', or leave it out of"
+            " --policies"
+        )
+    return found
 
 
 def make_migration(policy: Policy, costs: MoveCosts) -> Callable[[ClusterView], Solution | None]:
