@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from loraswarm.errors import ConfigError
 from loraswarm.simulate.compare import Figures
@@ -20,13 +20,25 @@ SUFFIX = ".png"
 INCHES = (15.0, 13.0)
 DOTS_PER_INCH = 110
 WIDTH = 0.8
-PANELS = (
+Panel = tuple[str, str, bool]
+"""A figure's name, its title, and whether its axis is logarithmic."""
+PANELS: Sequence[Panel] = (
     ("mean_latency_s", "Mean latency, s", True),
     ("p99_latency_s", "p99 latency, s", True),
     ("output_tokens_per_s", "Output tokens/s", False),
     ("merged_share", "Share merged", False),
     ("switches_per_minute", "Switches a minute", False),
 )
+
+
+class OnTrace(Protocol):
+    """Figures of one policy on one trace."""
+
+    @property
+    def trace(self) -> str: ...
+
+    @property
+    def policy(self) -> str: ...
 
 
 def check_plot(path: str) -> None:
@@ -42,11 +54,16 @@ def check_plot(path: str) -> None:
 
 def plot(found: Sequence[Figures], path: str) -> None:
     """Write the picture."""
+    draw(found, PANELS, path)
+
+
+def draw(found: Sequence[OnTrace], panels: Sequence[Panel], path: str) -> None:
+    """Write a picture of these panels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=INCHES, layout="constrained")
-    for place, (name, title, is_logarithmic) in enumerate(PANELS, 1):
-        axes = figure.add_subplot(len(PANELS), 1, place)
+    for place, (name, title, is_logarithmic) in enumerate(panels, 1):
+        axes = figure.add_subplot(len(panels), 1, place)
         draw_panel(axes, found, name)
         axes.set_title(title, loc="left", fontsize=10)
         if is_logarithmic:
@@ -55,7 +72,7 @@ def plot(found: Sequence[Figures], path: str) -> None:
     figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
 
 
-def draw_panel(axes: Axes, found: Sequence[Figures], name: str) -> None:
+def draw_panel(axes: Axes, found: Sequence[OnTrace], name: str) -> None:
     """One figure: traces along the axis, a bar for each policy."""
     traces = list(dict.fromkeys(one.trace for one in found))
     policies = list(dict.fromkeys(one.policy for one in found))
