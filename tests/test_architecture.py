@@ -75,6 +75,7 @@ TORCH_FREE = [
     "loraswarm.commands.bench",
     "loraswarm.commands.bench_app",
     "loraswarm.commands.simulate",
+    "loraswarm.commands.simulate_cluster",
     "loraswarm.simulate.oracle",
     "loraswarm.simulate.plot",
 ]
