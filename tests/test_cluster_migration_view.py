@@ -61,13 +61,20 @@ def planner(**options: float) -> MigrationPlanner:
 
 
 def test_a_queue_is_unbalanced_only_if_requests_wait_that_could_run_elsewhere():
-    assert imbalance_of(view_of(6, 1), OPTIONS) == "queue"
-    assert imbalance_of(view_of(4, 1), OPTIONS) is None
+    assert imbalance_of(view_of(6, 0), OPTIONS) == "queue"
+    assert imbalance_of(view_of(4, 0), OPTIONS) is None
     assert imbalance_of(view_of(9, 9), OPTIONS) is None
-    closed = view_of(6, 1)
+    closed = view_of(6, 0)
     closed.replicas["r1"].accepts = False
     assert imbalance_of(closed, OPTIONS) is None
     assert imbalance_of(ClusterView(FIGURES, {}), OPTIONS) is None
+
+
+def test_queues_are_not_evened_out_while_no_replica_is_idle():
+    assert imbalance_of(view_of(99, 1), OPTIONS) is None
+    assert imbalance_of(view_of(99, 1), MigrationOptions(idle_share=0.5)) == "queue"
+    assert imbalance_of(view_of(99, 0), MigrationOptions(idle_share=0.0)) is None
+    assert imbalance_of(view_of(6, 0), MigrationOptions(queue_difference=2.0)) is None
 
 
 def test_memory_is_unbalanced_only_if_a_pool_is_full_and_another_is_not():
@@ -134,7 +141,7 @@ def test_a_solve_does_not_see_what_the_view_becomes():
 
 
 def test_requests_move_from_a_long_queue():
-    solution = planner().plan(view_of(9, 1))
+    solution = planner().plan(view_of(9, 0))
     assert solution is not None
     assert len(solution.moves) == 4
     assert {(move.source, move.target) for move in solution.moves} == {("r0", "r1")}
@@ -148,12 +155,12 @@ def test_what_is_balanced_is_not_solved():
     balanced = MigrationPlanner(Never(), MoveCosts(FIGURES))  # type: ignore[arg-type]
     assert balanced.plan(view_of(4, 2)) is None
     with pytest.raises(AssertionError):
-        balanced.plan(view_of(9, 1))
+        balanced.plan(view_of(9, 0))
 
 
 def test_moves_that_gain_too_little_are_not_made():
-    assert planner(least_gain_share=0.1).plan(view_of(9, 1)) is not None
-    assert planner(least_gain_share=0.6).plan(view_of(9, 1)) is None
+    assert planner(least_gain_share=0.1).plan(view_of(9, 0)) is not None
+    assert planner(least_gain_share=0.6).plan(view_of(9, 0)) is None
 
 
 def test_the_way_of_a_move_follows_what_was_measured():

@@ -30,21 +30,25 @@ Imbalance = Literal["memory", "queue"]
 class MigrationOptions:
     """When an imbalance is worth a solve, and a solution its moves.
 
-    Memory is unbalanced if a pool is filled to `full_share` and another `fill_difference` less; a
-    queue, if more requests are open than can run and another replica has fewer open per seat by
-    `queue_difference`. Moves are made if the objective falls by `least_gain_share` of it at least:
-    estimates are no better. `adapter_share` of a pool may be adapters in use.
+    Memory is unbalanced if a pool is filled to `full_share` and another `fill_difference` less.
+    Queues are if more requests are open on a replica than can run, and another is idle: it has less
+    open than `idle_share` of its seats, and less per seat by `queue_difference`. Where all are busy
+    evening them out only delays short requests (docs/cluster_simulator.md). Moves are made if the
+    objective falls by `least_gain_share` of it at least: estimates are no better. `adapter_share`
+    of a pool may be adapters in use.
     """
 
     full_share: float = 0.9
     fill_difference: float = 0.2
-    queue_difference: float = 0.25
+    queue_difference: float = 1.0
+    idle_share: float = 0.25
     least_gain_share: float = 0.05
     adapter_share: float = 0.5
     time_limit_s: float = 0.012
 
     def __post_init__(self) -> None:
-        for name in ("full_share", "fill_difference", "queue_difference", "least_gain_share"):
+        shares = ("full_share", "fill_difference", "queue_difference", "idle_share")
+        for name in (*shares, "least_gain_share"):
             if not getattr(self, name) >= 0.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not 0.0 < self.adapter_share <= 1.0:
@@ -94,7 +98,8 @@ def imbalance_of(view: ClusterView, options: MigrationOptions) -> Imbalance | No
         return "memory"
     longest = max(_requests_per_seat(each) for each in view.replicas.values())
     shortest = min(_requests_per_seat(each) for each in open_to)
-    if longest > 1.0 and longest - shortest >= options.queue_difference:
+    is_idle = shortest < options.idle_share
+    if longest > 1.0 and is_idle and longest - shortest >= options.queue_difference:
         return "queue"
     return None
 
