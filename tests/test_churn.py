@@ -30,7 +30,7 @@ from loraswarm.core.request import SamplingParams
 from loraswarm.engine import loader_worker
 from loraswarm.errors import LoRASwarmError
 
-NUM_ROUNDS = 25
+NUM_ROUNDS = 15
 SETTLE_S = 0.5
 SLOW_S = 0.08
 PROMPT = prompt_of(2, 19)
