@@ -72,7 +72,7 @@ class ClusterClient:
         self._administration = Administration(self.fleet.replicas)
         self._adapters = MergedAdapters(self.fleet.replicas)
         admission = Admission(self.fleet, self.requests, view, self._choose, options.wait_s)
-        self._streams = Streams(self.fleet, self.requests, admission)
+        self._streams = Streams(self.fleet, self.requests, admission, view)
         self._last_stats: dict[str, EngineStats] = {}
         self._past = NOTHING
         self._info: EngineInfo | None = None

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Iterator
 
 from loraswarm.cluster.assembly import Cluster
@@ -27,7 +30,7 @@ def serve_cluster(engine: EngineConfig, server: ServerConfig, config: ClusterCon
     engine = _of_one_replica(engine, config)
     listener = http.bind(server)
     try:
-        with _backend(engine, config) as start:
+        with _ended_by_sigterm(), _backend(engine, config) as start:
             return asyncio.run(_serve(Cluster(start, engine, config), server, listener))
     finally:
         listener.close()
@@ -55,6 +58,19 @@ def _backend(engine: EngineConfig, config: ClusterConfig) -> Iterator[StartRepli
     )
     with ray_cluster(options):
         yield ray_starter(engine, options, report)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Until the server takes signals, one ends what was begun instead of leaving it behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _of_one_replica(engine: EngineConfig, config: ClusterConfig) -> EngineConfig:
