@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RayOptions:
     """`address` of a running cluster ("auto" finds one on this machine), or None for one of our
-    own, on this machine, that ends with us. Each replica takes `num_cpus` cores and `num_gpus`
-    devices; our own cluster says it has cores for `max_replicas`."""
+    own, on this machine, that ends with us. Each replica takes `num_gpus` devices and, of a running
+    cluster, `num_cpus` cores; our own must have the devices of `max_replicas`."""
 
     address: str | None = None
     num_cpus: int = 1
@@ -59,7 +59,7 @@ def ray_cluster(options: RayOptions) -> Iterator[None]:
     directory = tempfile.mkdtemp(prefix="lsw-", dir="/tmp")
     own = {
         "address": "local",
-        "num_cpus": max(os.cpu_count() or 1, options.num_cpus * options.max_replicas),
+        "num_cpus": os.cpu_count() or 1,
         "include_dashboard": False,
         "_temp_dir": directory,
     }
@@ -94,8 +94,10 @@ def ray_starter(
     ray = _ray()
     kept = KeptKV()
     # Whoever notices a death here starts another one; Ray must not do so too.
+    # On a machine of our own, whatever is asked for at run time must find its place.
+    num_cpus = 0 if options.address is None else options.num_cpus
     actor_class = ray.remote(
-        num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0, max_task_retries=0
+        num_cpus=num_cpus, num_gpus=options.num_gpus, max_restarts=0, max_task_retries=0
     )(EngineActor)
 
     async def start(replica_id: str) -> Replica:
