@@ -147,6 +147,35 @@ def test_a_load_is_whole_when_those_that_failed_are_gone_or_replaced(has_come):
     run_virtually(main())
 
 
+def test_a_load_that_failed_is_sent_again_to_those_that_failed_and_to_nobody_who_came_since():
+    async def main():
+        starter = Starter()
+        async with cluster(starter) as client:
+            await load_that_fails_on_r1(client, starter)
+            starter.started[2].kill()
+            await until(lambda: "r3" in client.fleet.replicas)
+            starter.started[1].admin_error = None
+            state = await client.administer(LoadAdapter("new", "/new"))
+            assert state.state == "served"
+            assert all("new" in replica.adapters for replica in starter.alive())
+
+    run_virtually(main())
+
+
+def test_one_that_is_to_be_killed_gets_no_more_requests_though_it_takes_a_while():
+    async def main():
+        starter = Starter()
+        async with cluster(starter, num_replicas=2) as client:
+            starter.started[0].kill, kill = lambda: None, starter.started[0].kill
+            client.fleet.kill("r0")
+            for i in range(3):
+                assert_one_end(await collect(client, request(f"r{i}")))
+            assert [replica.num_generated for replica in starter.started] == [0, 3]
+            kill()
+
+    run_virtually(main())
+
+
 def test_a_load_that_failed_on_some_can_be_undone_on_all():
     async def main():
         starter = Starter()

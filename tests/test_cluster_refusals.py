@@ -10,7 +10,8 @@ import pytest
 from cluster_factory import Starter, assert_one_end, cluster, collect, request, tokens_of, until
 from fake_replica import answer_of
 from loraswarm.cluster.moving import MoveFailed, Mover
-from loraswarm.core.events import SequenceEvent
+from loraswarm.core.events import ErrorInfo, SequenceEvent
+from loraswarm.errors import InvalidRequest
 from virtual_time import run_virtually
 
 
@@ -167,5 +168,26 @@ def test_a_bug_in_an_adoption_leaves_the_request_where_it_is(when):
             assert starter.started[0].num_frozen == 0
             starter.started[0].go.set()
             assert tokens_of(await task) == answer_of(request())
+
+    run_virtually(main())
+
+
+def test_an_error_after_the_first_token_there_is_the_requests_own():
+    async def main():
+        starter = Starter({"hold_at": 2})
+        async with cluster(starter, num_replicas=3) as client:
+            task, has_begun = begun(client, starter, request())
+            await has_begun
+            starter.started[1].hold_at = 4
+            await client.mover.move("x", "r1", with_kv=True)
+            await until(lambda: starter.started[1].running["x"].num_tokens == 4)
+            await asyncio.sleep(1)
+            error = ErrorInfo.of(InvalidRequest("no more of this"))
+            event = SequenceEvent(request_id="x", finish_reason="error", error=error)
+            starter.started[1].running["x"].events.put_nowait(event)
+            events = await task
+            assert_one_end(events, "error")
+            assert tokens_of(events) == answer_of(request())[:4]
+            assert starter.started[2].adopted == []
 
     run_virtually(main())

@@ -13,6 +13,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Literal
+from weakref import WeakValueDictionary
 
 from loraswarm.cluster.merged import merge_reports, merge_states
 from loraswarm.cluster.replicas import Replica
@@ -53,7 +54,8 @@ class Administration:
         self._replicas = replicas
         self._intents: dict[Key, Intent] = {}
         self._numbers = itertools.count()
-        self._turns: dict[str, asyncio.Lock] = {}
+        # As long as somebody has or waits for one.
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def administer(self, command: AdminCommand) -> AdminResult:
         """Carry it out everywhere; it goes on if the caller stops waiting. A replica that dies
@@ -79,7 +81,8 @@ class Administration:
             seen = first.number
 
     async def _administer(self, command: AdminCommand) -> AdminResult:
-        async with self._turns.setdefault(_name_of(command), asyncio.Lock()):
+        turn = self._turns.setdefault(_name_of(command), asyncio.Lock())
+        async with turn:
             todo = self._todo(command)
             if not todo:
                 raise EngineError("no replica is alive to carry this out; try later")
