@@ -99,6 +99,7 @@ def test_one_that_is_being_ended_is_not_reopened():
             await removal
             assert list(client.fleet.replicas) == ["r1"]
             assert client.fleet.wanted == 1
+            assert client.fleet._ending == client.fleet._leaving == set()
 
     run_virtually(main())
 

@@ -7,11 +7,11 @@ import contextlib
 import dataclasses
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 
 from loraswarm.cluster.assembly import Cluster
+from loraswarm.cluster.front import ClusterClient
 from loraswarm.cluster.local_replicas import local_starter
 from loraswarm.cluster.ray_replicas import RayOptions, ray_cluster, ray_starter
 from loraswarm.cluster.replicas import StartReplica
@@ -30,7 +30,7 @@ def serve_cluster(engine: EngineConfig, server: ServerConfig, config: ClusterCon
     engine = _of_one_replica(engine, config)
     listener = http.bind(server)
     try:
-        with _ended_by_sigterm(), _backend(engine, config) as start:
+        with _backend(engine, config) as start:
             return asyncio.run(_serve(Cluster(start, engine, config), server, listener))
     finally:
         listener.close()
@@ -38,7 +38,9 @@ def serve_cluster(engine: EngineConfig, server: ServerConfig, config: ClusterCon
 
 async def _serve(cluster: Cluster, server: ServerConfig, listener: socket.socket) -> int:
     try:
-        client = await cluster.open()
+        client = await _open(cluster)
+        if client is None:
+            return 128 + signal.SIGTERM
         tokenizer = Tokenizer.load(client.info.model_path)
         return await http.serve(client, tokenizer, server, listener)
     finally:
@@ -60,17 +62,20 @@ def _backend(engine: EngineConfig, config: ClusterConfig) -> Iterator[StartRepli
         yield ray_starter(engine, options, report)
 
 
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Until the server takes signals, one ends what was begun instead of leaving it behind."""
+async def _open(cluster: Cluster) -> ClusterClient | None:
+    """None if SIGTERM came first: then what was begun has been ended, not left behind."""
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        return await cluster.open()
+    loop = asyncio.get_running_loop()
+    opening = asyncio.ensure_future(cluster.open())
+    loop.add_signal_handler(signal.SIGTERM, opening.cancel)
     try:
-        yield
+        await asyncio.wait((opening,))
+        return None if opening.cancelled() else opening.result()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        loop.remove_signal_handler(signal.SIGTERM)
+        opening.cancel()
+        await asyncio.gather(opening, return_exceptions=True)
 
 
 def _of_one_replica(engine: EngineConfig, config: ClusterConfig) -> EngineConfig:
