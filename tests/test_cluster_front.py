@@ -254,31 +254,6 @@ def test_counts_do_not_wait_for_a_replica_that_hangs_and_totals_do_not_fall():
     run_virtually(main())
 
 
-def test_a_front_that_has_done_much_holds_no_more_than_one_that_has_not():
-    async def main():
-        starter = Starter()
-        async with cluster(starter) as client:
-            for turn in range(40):
-                await collect(client, request(f"r{turn}"))
-                await client.administer(LoadAdapter(f"n{turn}", "/n"))
-                await client.administer(UnloadAdapter(f"n{turn}"))
-                if turn % 10 == 5:
-                    report = ResidencyReport(epoch=1, number=0, is_full=True, tiers={"a": "host"})
-                    starter.alive()[0].on_report(report)
-                    assert len(client._residency._lines) == 1
-                    starter.alive()[0].kill()
-                    await asyncio.sleep(1)
-            await client.stats()
-            ids = client.fleet.replicas.keys()
-            assert client.view.replicas.keys() == client._last_stats.keys() == ids
-            assert len(client._administration._turns) == 0
-            assert (client._residency._lines, client.view.holders) == ({}, {})
-            assert len(client.fleet._tasks) == 2 * len(ids)
-            assert client.fleet.leaving == frozenset()
-
-    run_virtually(main())
-
-
 def test_an_adapter_that_one_replica_refuses_is_served_and_its_state_says_so():
     async def main():
         starter = Starter()

@@ -22,6 +22,7 @@ from loraswarm.cluster.front import ClusterClient, FrontOptions
 from loraswarm.cluster.routing import make_router
 from loraswarm.core.admin import LoadAdapter, UnloadAdapter
 from loraswarm.core.client import AdapterSummary
+from loraswarm.core.residency_report import ResidencyReport
 from loraswarm.errors import InvalidRequest, StoreError
 from virtual_time import run_virtually
 
@@ -199,5 +200,30 @@ def test_an_adapters_bytes_are_those_that_any_replica_knows():
             sizes = AdapterBytes(client.adapters, client.fleet.replicas)
             assert sizes["b"] == 77
             assert sizes["a"] == sizes["nobody"] == UNKNOWN_ADAPTER_BYTES
+
+    run_virtually(main())
+
+
+def test_a_front_that_has_done_much_holds_no_more_than_one_that_has_not():
+    async def main():
+        starter = Starter()
+        async with cluster(starter) as client:
+            for turn in range(40):
+                await collect(client, request(f"r{turn}"))
+                await client.administer(LoadAdapter(f"n{turn}", "/n"))
+                await client.administer(UnloadAdapter(f"n{turn}"))
+                if turn % 10 == 5:
+                    report = ResidencyReport(epoch=1, number=0, is_full=True, tiers={"a": "host"})
+                    starter.alive()[0].on_report(report)
+                    assert len(client._residency._lines) == 1
+                    starter.alive()[0].kill()
+                    await asyncio.sleep(1)
+            await client.stats()
+            ids = client.fleet.replicas.keys()
+            assert client.view.replicas.keys() == client._last_stats.keys() == ids
+            assert len(client._administration._turns) == 0
+            assert (client._residency._lines, client.view.holders) == ({}, {})
+            assert len(client.fleet._tasks) == 2 * len(ids)
+            assert client.fleet.leaving == frozenset()
 
     run_virtually(main())
