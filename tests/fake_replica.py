@@ -23,7 +23,8 @@ from loraswarm.core.snapshot import KVPages, SequenceSnapshot
 from loraswarm.errors import EngineError, InvalidRequest, LoRASwarmError, UnknownAdapter
 
 When = Literal["before", "after"]
-Fault = Literal["error", "die", "hang"]
+Fault = Literal["error", "die", "hang", "bug"]
+Refusal = Literal["at once", "late", "always"]
 LIMITS = ReplicaLimits(
     num_seats=64, max_step_tokens=512, num_pages=1000, page_tokens=16, page_bytes=1024
 )
@@ -57,7 +58,8 @@ class Running:
 class FakeReplica:
     """`faults` are of ("freeze" | "thaw" | "release" | "adopt" | "administer", when), each once;
     `hold_at` is the number of tokens at which every request waits for `go`; `dies_of` positions
-    of requests for the adapter POISON end it."""
+    of requests for the adapter POISON end it. Snapshots of other contents than it serves it refuses
+    "at once" or "late", when it has read them; "always": all that come."""
 
     replica_id: str
     adapters: dict[str, AdapterSummary] = field(default_factory=dict)
@@ -65,6 +67,7 @@ class FakeReplica:
     hold_at: int | None = None
     dies_at: int = 3
     faults: dict[tuple[str, When], Fault] = field(default_factory=dict)
+    refusal: Refusal | None = None
     admin_error: LoRASwarmError | None = None
     stats_totals: int = 0
     running: dict[str, Running] = field(default_factory=dict)
@@ -133,6 +136,11 @@ class FakeReplica:
         if snapshot.request_id in self.running:
             raise InvalidRequest(f"request id {snapshot.request_id!r} is already in use")
         self.adopted.append(snapshot)
+        if self._refuses(snapshot):
+            error = InvalidRequest(f"{self.replica_id} does not go on with it")
+            if self.refusal == "late":
+                return _late(_error(snapshot.request_id, error))
+            raise error
         one = Running(snapshot.request, len(snapshot.output_token_ids))
         stream = self._adopted(one)
         assert await anext(stream) is None
@@ -217,6 +225,12 @@ class FakeReplica:
     async def close(self) -> None:
         self._end("abort", None)
 
+    def _refuses(self, snapshot: SequenceSnapshot) -> bool:
+        names = [name for name, _ in snapshot.request.weighted_adapters]
+        served = tuple(self.adapters[name].digest for name in names)
+        is_other = snapshot.adapter_digests not in (None, served)
+        return self.refusal == "always" or (self.refusal is not None and is_other)
+
     def _begin(self, one: Running) -> Running:
         request_id = one.request.request_id
         assert request_id not in self.running, f"{request_id} twice on {self.replica_id}"
@@ -288,6 +302,8 @@ class FakeReplica:
         fault = self.faults.pop((command, when), None)
         if fault == "error":
             raise InvalidRequest(f"a fault {when} {command}")
+        if fault == "bug":
+            raise ValueError(f"a bug {when} {command}")
         if fault == "die":
             self.kill()
             raise EngineError("the fake engine has died")
@@ -321,6 +337,11 @@ def _event(request: Request, position: int, num_wanted: int) -> SequenceEvent:
         num_cached_tokens=0 if is_first else None,
         queue_s=0.25 if is_first else None,
     )
+
+
+async def _late(event: SequenceEvent) -> AsyncGenerator[SequenceEvent, None]:
+    await asyncio.sleep(0.5)
+    yield event
 
 
 def _error(request_id: str, error: LoRASwarmError) -> SequenceEvent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from command_line import error_line, run_here
 from engine_factory import save_swarm
+from loraswarm.commands import serve_cluster
 from loraswarm.config import ClusterConfig
 from loraswarm.errors import ConfigError
 from served_process import served
@@ -135,3 +137,28 @@ def children(pid):
         if parent == pid and is_engine:
             found.append(int(entry))
     return sorted(found)
+
+
+def test_a_signal_while_replicas_start_ends_them_and_leaves_nothing():
+    class Slow:
+        def __init__(self):
+            self.has_closed = False
+
+        async def open(self):
+            asyncio.get_running_loop().call_later(0.01, os.kill, os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(60)
+
+        async def close(self):
+            self.has_closed = True
+
+    slow = Slow()
+    assert asyncio.run(serve_cluster._serve(slow, None, None)) == 128 + signal.SIGTERM
+    assert slow.has_closed
+
+
+def test_a_start_that_fails_is_raised_though_a_signal_would_have_ended_it():
+    slow = mock.Mock(open=mock.AsyncMock(side_effect=ConfigError("no such model")))
+    slow.close = mock.AsyncMock()
+    with pytest.raises(ConfigError, match="no such model"):
+        asyncio.run(serve_cluster._serve(slow, None, None))
+    slow.close.assert_awaited_once()

@@ -239,6 +239,21 @@ def test_counts_are_added_up_and_totals_never_fall_when_a_replica_goes():
     run_virtually(main())
 
 
+def test_counts_do_not_wait_for_a_replica_that_hangs_and_totals_do_not_fall():
+    async def main():
+        starter = Starter({"stats_totals": 7})
+        async with cluster(starter) as client:
+            await client.stats()
+            starter.started[0].hang()
+            asked_s = asyncio.get_running_loop().time()
+            stats = await client.stats()
+            assert asyncio.get_running_loop().time() - asked_s <= 2
+            assert (stats.total_misses, stats.num_free_pages) == (21, 16)
+            assert stats.running_adapters == ("r1", "r2")
+
+    run_virtually(main())
+
+
 def test_an_adapter_that_one_replica_refuses_is_served_and_its_state_says_so():
     async def main():
         starter = Starter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from pathlib import Path
 from unittest import mock
 
@@ -25,11 +26,20 @@ from engine_factory import save_swarm
 from loraswarm.cluster import ray_actor
 from loraswarm.cluster.front import ClusterClient, FrontOptions
 from loraswarm.cluster.moving import MoveFailed
-from loraswarm.cluster.ray_replicas import KeptKV, RayOptions, RayProcess, ray_cluster, ray_starter
+from loraswarm.cluster.ray_replicas import (
+    KeptKV,
+    RayOptions,
+    RayProcess,
+    _unless_late,
+    ray_cluster,
+    ray_starter,
+)
 from loraswarm.cluster.routing import make_router
 from loraswarm.core.request import Request, SamplingParams
 from loraswarm.core.snapshot import KVPages, SequenceSnapshot
 from loraswarm.engine.messages import Adopt, Events, Frozen, decode_command, decode_reply, encode
+from loraswarm.errors import ConfigError
+from virtual_time import run_virtually
 
 SNAPSHOT = SequenceSnapshot(
     request=Request(request_id="x", prompt_token_ids=(1,), params=SamplingParams(seed=1)),
@@ -200,6 +210,54 @@ def test_the_end_of_the_engine_and_of_the_actor_are_seen():
             assert end.returncode is not None
 
     asyncio.run(main())
+
+
+def test_an_address_where_nobody_listens_is_refused_before_ray_tries_for_minutes():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with (
+            mock.patch("loraswarm.cluster.ray_replicas._ray") as ray,
+            pytest.raises(ConfigError, match=f"{address} .--ray-address.: .*refused"),
+            ray_cluster(RayOptions(address=address)),
+        ):
+            pass
+        ray.return_value.init.assert_not_called()
+
+
+@pytest.mark.parametrize(("num_found", "is_enough"), [(0, False), (1, False), (2, True)])
+def test_a_cluster_of_our_own_without_the_devices_is_refused_and_shut_down(num_found, is_enough):
+    ray = mock.Mock()
+    ray.cluster_resources.return_value = {"GPU": num_found} if num_found else {}
+    refusal = contextlib.nullcontext()
+    if not is_enough:
+        said = f"--replica-gpus is 1, so 2 replicas need 2 GPUs; Ray finds {num_found}"
+        refusal = pytest.raises(ConfigError, match=said)
+    with (
+        mock.patch("loraswarm.cluster.ray_replicas._ray", return_value=ray),
+        refusal,
+        ray_cluster(RayOptions(num_gpus=1.0, max_replicas=2)),
+    ):
+        ray.shutdown.assert_not_called()
+    ray.shutdown.assert_called_once()
+
+
+@pytest.mark.parametrize(("address", "num_cpus"), [(None, 0), ("auto", 3)])
+def test_on_a_machine_of_our_own_any_number_of_replicas_has_its_place(address, num_cpus):
+    with mock.patch("loraswarm.cluster.ray_replicas._ray") as ray:
+        ray_starter(None, RayOptions(address=address, num_cpus=3), print)
+        assert ray.return_value.remote.call_args.kwargs["num_cpus"] == num_cpus
+
+
+@pytest.mark.parametrize(("start_s", "num_reports"), [(14, 0), (16, 1), (900, 1)])
+def test_a_replica_that_finds_no_place_for_long_is_reported_once(start_s, num_reports):
+    reports = []
+
+    async def main():
+        await _unless_late(asyncio.sleep(start_s), lambda: reports.append(1))
+
+    run_virtually(main())
+    assert len(reports) == num_reports
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import shutil
 
 import pytest
 
-from cluster_factory import assert_one_end, collect, tokens_of
+from cluster_factory import assert_one_end, collect, empty_view, tokens_of
 from cluster_kills import (
     check_answers,
     check_nothing_is_left,
@@ -20,8 +22,10 @@ from cluster_kills import (
     until,
 )
 from engine_factory import save_swarm
-from loraswarm.cluster.front import ClusterClient
+from loraswarm.cluster.front import ClusterClient, FrontOptions
+from loraswarm.cluster.local_replicas import local_starter
 from loraswarm.cluster.moving import MoveFailed
+from loraswarm.cluster.routing import make_router
 from loraswarm.core.admin import LoadAdapter, UnloadAdapter
 from loraswarm.core.request import Request, SamplingParams
 
@@ -113,3 +117,36 @@ def test_streams_go_on_when_an_engine_is_killed_and_nothing_is_left_behind(swarm
         await check_nothing_is_left(client)
 
     runner.run(main())
+
+
+def test_answers_go_on_where_the_same_adapters_lie_in_other_files(swarm, tmp_path):
+    """As on two machines: a store stamps a copy otherwise, so no move is trusted, but no answer is
+    broken off when a replica dies."""
+    shutil.copytree(swarm / "adapters", tmp_path / "copies")
+    config = engine_config(swarm)
+    copies = dataclasses.replace(config, adapters=(str(tmp_path / "copies"),))
+    starters = [local_starter(one, lambda _: None) for one in (config, copies)]
+    requests = streams(6, 3, 200)
+    expected = expected_tokens(swarm, requests)
+
+    async def main():
+        client = ClusterClient(
+            lambda replica_id: starters[int(replica_id[1:]) % 2](replica_id),
+            make_router("least-loaded"),
+            empty_view(),
+            FrontOptions(num_replicas=2, seed=0),
+        )
+        await client.open()
+        try:
+            answers = await run_all(client, requests)
+            await until(lambda: num_sent(client) > 12)
+            held = client.requests.get("s0")
+            (other,) = client.fleet.replicas.keys() - {held.replica_id}
+            with pytest.raises(MoveFailed, match="other contents of 'a000'"):
+                await client.mover.move("s0", other, with_kv=True)
+            kill_one(client)
+            check_answers(requests, await answers, expected)
+        finally:
+            await client.close()
+
+    asyncio.run(main())

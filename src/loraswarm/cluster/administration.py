@@ -13,6 +13,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Literal
+from weakref import WeakValueDictionary
 
 from loraswarm.cluster.merged import merge_reports, merge_states
 from loraswarm.cluster.replicas import Replica
@@ -53,7 +54,8 @@ class Administration:
         self._replicas = replicas
         self._intents: dict[Key, Intent] = {}
         self._numbers = itertools.count()
-        self._turns: dict[str, asyncio.Lock] = {}
+        # As long as somebody has or waits for one.
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def administer(self, command: AdminCommand) -> AdminResult:
         """Carry it out everywhere; it goes on if the caller stops waiting. A replica that dies
@@ -74,17 +76,19 @@ class Administration:
         seen = -1
         while missed := [one for one in self._intents.values() if one.number > seen]:
             first = min(missed, key=lambda intent: intent.number)
-            await _tell(replica, first.command)
+            if await _tell(replica, first.command):
+                first.done.add(replica.replica_id)
             seen = first.number
 
     async def _administer(self, command: AdminCommand) -> AdminResult:
-        async with self._turns.setdefault(_name_of(command), asyncio.Lock()):
+        turn = self._turns.setdefault(_name_of(command), asyncio.Lock())
+        async with turn:
             todo = self._todo(command)
             if not todo:
                 raise EngineError("no replica is alive to carry this out; try later")
             before = dict(self._intents)
             intent = self._intend(command)
-            outcomes = await self._ask(todo, command)
+            outcomes = _without_undone(command, await self._ask(todo, command))
             failed = {n: one for n, one in outcomes.items() if isinstance(one, LoRASwarmError)}
             if intent is not None:
                 intent.done |= outcomes.keys() - failed.keys()
@@ -121,7 +125,8 @@ class Administration:
         if isinstance(command, LoadAdapter | UnloadAdapter):
             intent = self._intents.get(("served", command.name))
             if intent is not None and intent.command == command and not intent.is_complete:
-                return {name: one for name, one in alive.items() if name not in intent.done}
+                todo = {name: one for name, one in alive.items() if name not in intent.done}
+                return todo or alive  # those that failed are gone
         return alive
 
     async def _ask(
@@ -154,7 +159,8 @@ def _key_of(command: AdminCommand) -> Key | None:
     return None
 
 
-async def _tell(replica: Replica, command: AdminCommand) -> None:
+async def _tell(replica: Replica, command: AdminCommand) -> bool:
+    """Has it done so? An error is logged, unless there was nothing to undo."""
     if isinstance(command, LoadAdapter):
         # Its name may be there from a scan of the stores.
         command = dataclasses.replace(command, in_place=True)
@@ -164,8 +170,22 @@ async def _tell(replica: Replica, command: AdminCommand) -> None:
         if not replica.is_alive:
             raise
         is_unknown = error.http_status == UnknownAdapter.http_status
-        if not (is_unknown and isinstance(command, UnloadAdapter | UnpinAdapter)):
-            log.error("replica=%s %s: %s", replica.replica_id, command, error)
+        if is_unknown and isinstance(command, UnloadAdapter | UnpinAdapter):
+            return True
+        log.error("replica=%s %s: %s", replica.replica_id, command, error)
+        return False
+    return True
+
+
+def _without_undone(command: AdminCommand, outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    """Where there was nothing to undo, as a load had failed there, it is not a failure that one
+    could not, if others could."""
+    found = dict(outcomes)
+    if not isinstance(command, UnloadAdapter | UnpinAdapter):
+        return found
+    status = UnknownAdapter.http_status
+    done = {n: o for n, o in found.items() if getattr(o, "http_status", None) != status}
+    return done if any(not isinstance(one, LoRASwarmError) for one in done.values()) else found
 
 
 def _result(command: AdminCommand, outcomes: Mapping[str, Outcome]) -> AdminResult:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from loraswarm.cluster.fleet import Fleet
 from loraswarm.cluster.open_requests import OpenRequest, OpenRequests
-from loraswarm.cluster.replicas import Replica
+from loraswarm.cluster.replicas import Replica, contents_of
 from loraswarm.cluster.view import ClusterView, ReplicaView, RoutedRequest
 from loraswarm.core.request import Request
 from loraswarm.errors import EngineError, Overloaded
@@ -60,33 +60,37 @@ class Admission:
         self._view.now_s = asyncio.get_running_loop().time()
         route = self._choose(held.request)
         while (replica_id := route(routed, self._view)) is not None:
-            replica = self._serving_all(routed, replica_id)
+            replica = self._suited(held, replica_id)
             if replica.is_alive:
                 self._requests.place(held, routed, replica.replica_id)
                 return replica
             self._fleet.note_death(replica.replica_id)
         return None
 
-    def _serving_all(self, routed: RoutedRequest, replica_id: str) -> Replica:
-        """That replica, unless its catalog lacks an adapter that another's has: then the least
-        loaded one of those. A load that is under way has not reached all yet."""
+    def _suited(self, held: OpenRequest, replica_id: str) -> Replica:
+        """That replica, unless others suit better, by `_suits`: then the least loaded one of those
+        that do best. A load that is under way has not reached all yet."""
         chosen = self._fleet.replicas[replica_id]
-        if _serves(chosen, routed.adapters):
+        suits = _suits(chosen, held)
+        if all(suits):
             return chosen
-        others = [
-            replica
-            for replica in self._accepting()
-            if _serves(self._fleet.replicas[replica.replica_id], routed.adapters)
-        ]
-        if not others:
+        found = [(self._fleet.replicas[each.replica_id], each) for each in self._accepting()]
+        best = max(_suits(replica, held) for replica, _ in found)
+        if best <= suits:
             return chosen
-        least = min(others, key=lambda replica: replica.num_requests)
-        return self._fleet.replicas[least.replica_id]
+        others = [(replica, each) for replica, each in found if _suits(replica, held) == best]
+        return min(others, key=lambda one: one[1].num_requests)[0]
 
     def _accepting(self) -> Iterable[ReplicaView]:
         return (replica for replica in self._view.replicas.values() if replica.accepts)
 
 
-def _serves(replica: Replica, adapters: Iterable[str]) -> bool:
+def _suits(replica: Replica, held: OpenRequest) -> tuple[bool, bool, bool]:
+    """Whether its catalog has all adapters, it has not refused to go on with the request, and its
+    adapters are those that the answer was begun with."""
     known = replica.adapters
-    return all(name in known and known[name].refusal is None for name in adapters)
+    names = [name for name, _ in held.request.weighted_adapters]
+    has_all = all(name in known and known[name].refusal is None for name in names)
+    is_new = replica.replica_id not in held.refused_by
+    begun = held.digests if held.token_ids else None
+    return has_all, is_new, begun is None or contents_of(replica, held.request) == begun

@@ -16,7 +16,7 @@ from loraswarm.cluster.migration.move_costs import MoveCosts
 from loraswarm.cluster.migration.problem import Move, Solver
 from loraswarm.cluster.placement.planner import Planner, Prefetch
 from loraswarm.cluster.plausible_costs import plausible_costs
-from loraswarm.cluster.replicas import StartReplica
+from loraswarm.cluster.replicas import Replica, StartReplica
 from loraswarm.cluster.routing import make_router
 from loraswarm.cluster.scaling import Autoscaler, ScalingRules
 from loraswarm.cluster.view import ClusterView, ReplicaView
@@ -39,14 +39,21 @@ NO_ENGINE = EngineInfo(
 
 
 class AdapterBytes(Mapping[str, int]):
-    """What adapters take, by the size of their files; one that is not known is taken for small."""
+    """What adapters take, by the size of their files at any replica that knows it; one that is not
+    known is taken for small. May be read on another thread."""
 
-    def __init__(self, adapters: Mapping[str, AdapterSummary]) -> None:
+    def __init__(
+        self, adapters: Mapping[str, AdapterSummary], replicas: Mapping[str, Replica]
+    ) -> None:
         self._adapters = adapters
+        self._replicas = replicas
 
     def __getitem__(self, name: str) -> int:
-        summary = self._adapters.get(name)
-        return (summary.num_bytes if summary is not None else 0) or UNKNOWN_ADAPTER_BYTES
+        for replica in tuple(self._replicas.values()):
+            summary = replica.adapters.get(name)
+            if summary is not None and summary.num_bytes:
+                return summary.num_bytes
+        return UNKNOWN_ADAPTER_BYTES
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._adapters)
@@ -78,7 +85,7 @@ class Cluster:
         view = ClusterView(self._figures or plausible_costs(NO_ENGINE), {})
         options = FrontOptions(num_replicas=self._config.num_replicas, seed=self._seed)
         client = self._client = ClusterClient(self._start, self._router, view, options)
-        view.adapter_bytes = AdapterBytes(client.adapters)
+        view.adapter_bytes = AdapterBytes(client.adapters, client.fleet.replicas)
         await client.open()
         if self._figures is None:
             view.costs = plausible_costs(client.info)

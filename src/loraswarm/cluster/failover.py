@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 
 from loraswarm.cluster.open_requests import OpenRequest
 from loraswarm.core.events import SequenceEvent
@@ -16,6 +17,7 @@ from loraswarm.core.snapshot import SequenceSnapshot
 from loraswarm.errors import EngineError
 
 LOSSES_BEFORE_TRIAL = 2
+MOST_REFUSALS = 8
 log = logging.getLogger(__name__)
 
 
@@ -36,6 +38,26 @@ def snapshot_of(held: OpenRequest) -> SequenceSnapshot:
         output_token_ids=tuple(held.token_ids),
         adapter_digests=held.digests,
     )
+
+
+def may_go_on_elsewhere(held: OpenRequest, accepting: Collection[str], reason: str) -> bool:
+    """Its replica has refused to go on with what another has begun: is there one left to ask?
+
+    Replicas differ in what they can read, and stores stamp copies of one file differently on each
+    machine. When as many as are to be asked have refused, they are asked again to go on with what
+    they serve by those names now, rather than to break the answer off.
+    """
+    if held.replica_id is not None:
+        held.refused_by.add(held.replica_id)
+    is_anyone_left = any(each not in held.refused_by for each in accepting)
+    if is_anyone_left and len(held.refused_by) < MOST_REFUSALS:
+        return True
+    if not held.digests:
+        return False
+    log.warning("request=%s goes on with what its adapters are now: %s", held.request_id, reason)
+    held.digests = None
+    held.refused_by.clear()
+    return True
 
 
 class Suspects:

@@ -19,6 +19,7 @@ from loraswarm.cluster.replicas import Replica, StartReplica
 from loraswarm.cluster.view import ClusterView, ReplicaView
 from loraswarm.errors import EngineError, InvalidRequest, LoRASwarmError
 
+MOST_ADDED = 64
 log = logging.getLogger(__name__)
 
 
@@ -82,6 +83,7 @@ class Fleet:
         self._num_starting = 0
         self._num_failures = 0
         self._leaving: set[str] = set()
+        self._ending: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ended = asyncio.Event()
         self._is_closed = False
@@ -100,8 +102,8 @@ class Fleet:
 
     @property
     def leaving(self) -> frozenset[str]:
-        """Those that are being drained."""
-        return frozenset(self._leaving)
+        """Those that are being drained, and may be reopened."""
+        return frozenset(self._leaving - self._ending)
 
     async def open(self, num_replicas: int) -> None:
         """Start the first replicas, all at once.
@@ -113,6 +115,7 @@ class Fleet:
         try:
             await asyncio.gather(*starts)
             self._num_starting = 0
+            self._replace_missing()  # one may have died while others still started
         except BaseException:
             for start in starts:
                 start.cancel()
@@ -121,28 +124,43 @@ class Fleet:
             raise
 
     def add(self, num_replicas: int) -> None:
-        """Keep so many more alive. Raises InvalidRequest if that is not at least one."""
-        if num_replicas < 1:
-            raise InvalidRequest(f"count is {num_replicas}; it must be at least 1", "count")
+        """Keep so many more alive. Raises InvalidRequest if that is none, or very many."""
+        if not 1 <= num_replicas <= MOST_ADDED:
+            raise InvalidRequest(
+                f"count is {num_replicas}; it must be at least 1 and at most {MOST_ADDED}", "count"
+            )
         self.wanted += num_replicas
         self._replace_missing()
 
     async def remove(self, replica_id: str) -> None:
         """Drain it, then end it; what still runs on it after `drain_s` is run again elsewhere.
 
-        Raises   InvalidRequest if there is no such replica or it is the last one wanted.
+        Raises   InvalidRequest if there is no such replica, or no other one serves, or it was
+                 reopened before it was empty.
         """
         if replica_id not in self.replicas or replica_id in self._leaving:
             known = ", ".join(sorted(self.replicas.keys() - self._leaving)) or "none"
             raise InvalidRequest(f"no replica is named {replica_id!r}; known: {known}", "replica")
         if self.wanted <= 1:
             raise InvalidRequest("this is the last replica; add another one first", "replica")
+        others = (each for each in self._view.replicas.values() if each.replica_id != replica_id)
+        if not any(each.accepts for each in others):
+            raise InvalidRequest(
+                f"no other replica serves now ({self._num_starting} are being started); remove"
+                f" {replica_id!r} when one does",
+                "replica",
+            )
         self.wanted -= 1
         self._leaving.add(replica_id)
         self._view.replicas[replica_id].accepts = False
         log.info("replica=%s leaving", replica_id)
         # Once begun it is brought to its end, also if the caller stops waiting.
         await asyncio.shield(self._spawn(self._drain(replica_id)))
+        if replica_id in self.replicas:
+            raise InvalidRequest(
+                f"replica {replica_id!r} was reopened while it drained, as requests queue",
+                "replica",
+            )
 
     async def _drain(self, replica_id: str) -> None:
         with contextlib.suppress(TimeoutError):
@@ -152,6 +170,7 @@ class Fleet:
                     await self.news.wait()
         if replica_id not in self._leaving:
             return  # it was reopened, or has died
+        self._ending.add(replica_id)
         if replica := self.replicas.get(replica_id):
             await replica.close()
         while replica_id in self.replicas:
@@ -159,7 +178,7 @@ class Fleet:
 
     def reopen(self, replica_id: str) -> None:
         """Keep one that is being drained; nothing happens if it is not, or no more."""
-        if replica_id in self._leaving and replica_id in self.replicas:
+        if replica_id in self.leaving and replica_id in self.replicas:
             self._leaving.discard(replica_id)
             self.wanted += 1
             self._view.replicas[replica_id].accepts = True
@@ -173,8 +192,9 @@ class Fleet:
 
     def note_death(self, replica_id: str) -> None:
         """A stream of it has ended with its death, which may be seen here later: nothing more is
-        to be sent there."""
-        if replica_id in self.replicas:
+        to be sent there. Nothing happens to one that is alive, which would never accept again."""
+        replica = self.replicas.get(replica_id)
+        if replica is not None and not replica.is_alive:
             self._view.replicas[replica_id].accepts = False
 
     async def close(self) -> None:
@@ -221,6 +241,7 @@ class Fleet:
         self._upkeep.note_departure(replica_id)
         is_expected = replica_id in self._leaving or self._is_closed
         self._leaving.discard(replica_id)
+        self._ending.discard(replica_id)
         level = logging.INFO if is_expected else logging.ERROR
         log.log(level, "replica=%s gone num_replicas=%d", replica_id, len(self.replicas))
         self._replace_missing()

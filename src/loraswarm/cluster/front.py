@@ -41,6 +41,7 @@ from loraswarm.core.request import Request
 from loraswarm.core.residency_report import ResidencyReport
 from loraswarm.errors import EngineError, LoRASwarmError
 
+STATS_WAIT_S = 1.0
 log = logging.getLogger(__name__)
 
 
@@ -72,7 +73,7 @@ class ClusterClient:
         self._administration = Administration(self.fleet.replicas)
         self._adapters = MergedAdapters(self.fleet.replicas)
         admission = Admission(self.fleet, self.requests, view, self._choose, options.wait_s)
-        self._streams = Streams(self.fleet, self.requests, admission)
+        self._streams = Streams(self.fleet, self.requests, admission, view)
         self._last_stats: dict[str, EngineStats] = {}
         self._past = NOTHING
         self._info: EngineInfo | None = None
@@ -114,26 +115,31 @@ class ClusterClient:
             self.fleet.news.tell()
 
     async def stats(self) -> EngineStats:
-        """Of all replicas together; totals include those that are gone.
+        """Of all replicas together; totals include those that are gone or do not answer in time.
 
-        Raises   EngineError if none is alive.
+        Raises   EngineError if none answers.
         """
-        replicas = dict(self.fleet.replicas)
-        found = await asyncio.gather(
-            *(r.stats() for r in replicas.values()), return_exceptions=True
-        )
-        for replica_id, one in zip(replicas, found, strict=True):
-            if isinstance(one, EngineStats):
-                self._last_stats[replica_id] = one
-            elif not isinstance(one, LoRASwarmError):
-                raise one
-        fresh = [one for one in found if isinstance(one, EngineStats)]
+        replicas = tuple(self.fleet.replicas.values())
+        answers = await asyncio.gather(*map(self._stats_of, replicas))
+        fresh = [one for one in answers if one is not None]
         if not fresh:
             raise EngineError("no replica is alive")
+        silent = [r.replica_id for r, one in zip(replicas, answers, strict=True) if one is None]
+        fresh += [only_totals(self._last_stats[r]) for r in silent if r in self._last_stats]
         for replica_id in self._last_stats.keys() - self.fleet.replicas.keys():
             gone = only_totals(self._last_stats.pop(replica_id))
             self._past = merge_stats([self._past, gone])
         return merge_stats([self._past, *fresh])
+
+    async def _stats_of(self, replica: Replica) -> EngineStats | None:
+        """None if it does not answer: a replica that hangs must not hide the others."""
+        try:
+            async with asyncio.timeout(STATS_WAIT_S):
+                found = await replica.stats()
+        except (LoRASwarmError, TimeoutError):
+            return None
+        self._last_stats[replica.replica_id] = found
+        return found
 
     async def adapter_states(self) -> tuple[AdapterState, ...]:
         """See `EngineClient`; one that replicas have in different states says so.

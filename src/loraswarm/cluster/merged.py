@@ -153,7 +153,7 @@ def _merge_loads(found: Sequence[Mapping[str, TimeTotals]]) -> dict[str, TimeTot
 
 
 def _merge_merging(states: Sequence[MergeState]) -> MergeState | None:
-    """Counts and bytes added up; a target and its share, if all that have one have the same."""
+    """Counts and bytes added up; a target and its share only if all that have one agree."""
     if not states:
         return None
     shares = {one.target: one.share for one in states if one.target is not None}

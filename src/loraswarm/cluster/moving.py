@@ -54,6 +54,8 @@ class Mover:
             raise MoveFailed(f"request {request_id!r} cannot be moved to {target_id!r}")
         if not held.settled.is_set() or held.handover is not None:
             raise MoveFailed(f"request {request_id!r} is being moved")
+        if target_id in held.refused_by:
+            raise MoveFailed(f"replica {target_id!r} has refused request {request_id!r}")
         held.settled.clear()
         # What was begun is brought to its end also if the caller stops waiting.
         work = asyncio.ensure_future(self._move(held, source, target, with_kv))
@@ -70,7 +72,7 @@ class Mover:
         try:
             handover = await self._take_over(held, source, target, with_kv)
             self._requests.hand_over(held, target.replica_id, handover)
-        except LoRASwarmError as error:
+        except Exception as error:  # whatever it is, the source must not hold it for ever
             await self._obey(source, lambda: source.thaw(request_id))
             raise MoveFailed(f"request {request_id!r} stays where it is: {error}") from error
         finally:
@@ -82,7 +84,11 @@ class Mover:
     ) -> Handover:
         """Freeze it there and adopt it here. Raises LoRASwarmError if it must be thawed."""
         snapshot = await self._within(source.freeze(held.request_id, with_kv))
-        stream = await self._within(target.adopt(snapshot))
+        try:
+            stream = await self._within(target.adopt(snapshot))
+        except LoRASwarmError:
+            held.refused_by.add(target.replica_id)  # the next plan would try the same again
+            raise
         if held.is_open and target.replica_id in self._fleet.replicas:
             return Handover(stream, len(snapshot.output_token_ids))
         await stream.aclose()

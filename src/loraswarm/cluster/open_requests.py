@@ -36,7 +36,8 @@ class OpenRequest:
     that its client has. `replica_id` is its one owner; None while it has none. `digests` are the
     contents of its adapters that they were computed with, None if that is not known. `num_losses`
     replicas in turn have died with it without a token in between. `settled` is clear while it is
-    being moved: then nobody else decides who has it next.
+    being moved: then nobody else decides who has it next. `is_arriving` while it goes on from a
+    snapshot without a token yet; `refused_by` are replicas that have refused to.
     """
 
     request: Request
@@ -51,6 +52,8 @@ class OpenRequest:
     num_losses: int = 0
     num_tokens_at_loss: int = 0
     handover: Handover | None = None
+    is_arriving: bool = False
+    refused_by: set[str] = field(default_factory=set)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -135,6 +138,7 @@ class OpenRequests:
     def place(self, held: OpenRequest, routed: RoutedRequest, replica_id: str) -> None:
         """`replica_id` has it from now on, and nobody else."""
         self._give(held, routed, replica_id)
+        held.is_arriving = bool(held.token_ids)
         held.sent_s = asyncio.get_running_loop().time()
 
     def displace(self, held: OpenRequest) -> None:
@@ -153,6 +157,8 @@ class OpenRequests:
 
     def take(self, held: OpenRequest, event: SequenceEvent) -> SequenceEvent:
         """As OpenRequest.take; the owner's view counts the tokens."""
+        if event.token_ids:
+            held.is_arriving = False
         if event.token_ids and held.replica_id is not None:
             replica = self._view.replicas.get(held.replica_id)
             if replica is not None and held.request_id in replica.requests:

@@ -14,10 +14,11 @@ import dataclasses
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from loraswarm.cluster.ray_actor import EngineActor, Frames
@@ -29,14 +30,16 @@ from loraswarm.errors import ConfigError, EngineError
 KILL_GRACE_S = 2.0
 MAX_KEPT_KV = 256
 DIED = -9
+REACH_S = 5.0
+LATE_S = 15.0
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RayOptions:
     """`address` of a running cluster ("auto" finds one on this machine), or None for one of our
-    own, on this machine, that ends with us. Each replica takes `num_cpus` cores and `num_gpus`
-    devices; our own cluster says it has cores for `max_replicas`."""
+    own, on this machine, that ends with us. Each replica takes `num_gpus` devices and, of a running
+    cluster, `num_cpus` cores; our own must have the devices of `max_replicas`."""
 
     address: str | None = None
     num_cpus: int = 1
@@ -48,20 +51,22 @@ class RayOptions:
 def ray_cluster(options: RayOptions) -> Iterator[None]:
     """Start or join a cluster until the block ends.
 
-    Raises   ConfigError if Ray is not installed or the cluster cannot be reached.
+    Raises   ConfigError if Ray is not installed, the cluster cannot be reached, or our own has not
+             the devices.
     """
     ray = _ray()
     # A path of sockets may not be long.
     directory = tempfile.mkdtemp(prefix="lsw-", dir="/tmp")
     own = {
         "address": "local",
-        "num_cpus": max(os.cpu_count() or 1, options.num_cpus * options.max_replicas),
+        "num_cpus": os.cpu_count() or 1,
         "include_dashboard": False,
         "_temp_dir": directory,
     }
     try:
         with contextlib.suppress(KeyError):
             del os.environ["RAY_ADDRESS"]  # it would win over what was asked for
+        _reach(options.address)
         with contextlib.redirect_stdout(sys.stderr):  # it prints hints
             ray.init(
                 **(own if options.address is None else {"address": options.address}),
@@ -74,6 +79,7 @@ def ray_cluster(options: RayOptions) -> Iterator[None]:
         where = options.address or "a cluster of its own"
         raise ConfigError(f"cannot use Ray at {where} (--ray-address): {error}") from error
     try:
+        _check_devices(options)
         yield
     finally:
         ray.shutdown()
@@ -88,19 +94,64 @@ def ray_starter(
     ray = _ray()
     kept = KeptKV()
     # Whoever notices a death here starts another one; Ray must not do so too.
+    # On a machine of our own, whatever is asked for at run time must find its place.
+    num_cpus = 0 if options.address is None else options.num_cpus
     actor_class = ray.remote(
-        num_cpus=options.num_cpus, num_gpus=options.num_gpus, max_restarts=0, max_task_retries=0
+        num_cpus=num_cpus, num_gpus=options.num_gpus, max_restarts=0, max_task_retries=0
     )(EngineActor)
 
     async def start(replica_id: str) -> Replica:
         process = RayProcess(actor_class.remote(), kept)
-        await process.start()
+        await _unless_late(process.start(), lambda: report(f"{replica_id}: {_missing(options)}"))
         client = await ChildEngineClient.start_over(
             process, config, lambda line: report(f"{replica_id}: {line}")
         )
         return EngineReplica(replica_id, client, config)
 
     return start
+
+
+def _reach(address: str | None) -> None:
+    """Raise OSError if nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if colon and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
+
+
+def _check_devices(options: RayOptions) -> None:
+    """Of our own cluster, which gets no more of them: a replica would wait for ever."""
+    if options.address is not None:
+        return
+    num_wanted = options.num_gpus * options.max_replicas
+    num_found = _ray().cluster_resources().get("GPU", 0)
+    if num_wanted > num_found:
+        raise ConfigError(
+            f"--replica-gpus is {options.num_gpus:g}, so {options.max_replicas} replicas need"
+            f" {num_wanted:g} GPUs; Ray finds {num_found:g} on this machine"
+        )
+
+
+def _missing(options: RayOptions) -> str:
+    free = _ray().available_resources()
+    return (
+        f"waiting for Ray to place it: it needs {options.num_cpus} CPU and {options.num_gpus:g} GPU"
+        f" of one machine (--replica-cpus, --replica-gpus); free in the cluster are"
+        f" {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU"
+    )
+
+
+async def _unless_late(work: Awaitable[None], report: Callable[[], None]) -> None:
+    """Wait for it; `report` is called once if it takes long."""
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait((task,), timeout=LATE_S)
+        if not done:
+            report()
+        await task
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
 
 
 class KeptKV:

@@ -158,6 +158,14 @@ class EngineReplica:
         self._client.kill()
 
 
+def contents_of(replica: Replica, request: Request) -> tuple[str, ...] | None:
+    """What it serves by the names of the request's adapters; None before all are known."""
+    known = replica.adapters
+    names = [name for name, _ in request.weighted_adapters]
+    digests = tuple(known[name].digest if name in known else "" for name in names)
+    return digests if all(digests) else None
+
+
 def limits_of(info: EngineInfo, config: EngineConfig) -> ReplicaLimits:
     """What an engine with these options can hold."""
     return ReplicaLimits(

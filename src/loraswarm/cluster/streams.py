@@ -1,7 +1,7 @@
 """The one stream of events that a client gets, whichever replicas compute it in turn.
 
-Owns the order: place, send, forward, and again from where the client is when a replica dies or
-gives the request away. Used by the front.
+Owns the order: place, send, forward, and again from where the client is when a replica dies, gives
+the request away or refuses to go on with it. Used by the front.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from loraswarm.cluster.admission import Admission
-from loraswarm.cluster.failover import Suspects, is_loss, snapshot_of
+from loraswarm.cluster.failover import Suspects, is_loss, may_go_on_elsewhere, snapshot_of
 from loraswarm.cluster.fleet import Fleet
 from loraswarm.cluster.open_requests import OpenRequest, OpenRequests
-from loraswarm.cluster.replicas import Replica
+from loraswarm.cluster.replicas import contents_of
+from loraswarm.cluster.view import ClusterView
 from loraswarm.core.events import ErrorInfo, SequenceEvent
 from loraswarm.errors import LoRASwarmError
 
@@ -23,9 +24,12 @@ Events = AsyncGenerator[SequenceEvent, None]
 class Streams:
     """Runs open requests to their ends."""
 
-    def __init__(self, fleet: Fleet, requests: OpenRequests, admission: Admission) -> None:
+    def __init__(
+        self, fleet: Fleet, requests: OpenRequests, admission: Admission, view: ClusterView
+    ) -> None:
         self._fleet = fleet
         self._requests = requests
+        self._view = view
         self._admission = admission
         self._suspects = Suspects()
 
@@ -35,7 +39,7 @@ class Streams:
             while held.is_open:
                 async with aclosing(await self._next_stream(held)) as stream:
                     async for event in stream:
-                        if is_loss(event):
+                        if is_loss(event) or self._is_refused(held, event):
                             break
                         yield self._take(held, event)
                         if event.finish_reason is not None:
@@ -55,24 +59,28 @@ class Streams:
         handover, held.handover = held.handover, None
         if handover is not None:
             if handover.num_tokens == len(held.token_ids):
+                held.is_arriving = True
                 return handover.stream
             await handover.stream.aclose()  # the source died before it had sent its last ones
         while True:
             await self._suspects.begin(held)
             replica = await self._admission.place(held)
             if not held.token_ids:
-                held.digests = _digests(replica, held)
+                held.digests = contents_of(replica, held.request)
                 return replica.generate(held.request)
             try:
                 return await replica.adopt(snapshot_of(held))
-            except LoRASwarmError:
-                if replica.is_alive:
+            except LoRASwarmError as error:
+                if not replica.is_alive:
+                    self._note_loss(held)
+                elif not self._goes_on_elsewhere(held, str(error)):
                     raise
-            self._note_loss(held)
 
     async def _note_end(self, held: OpenRequest) -> None:
         """A stream has ended without the request's end."""
         owner = held.replica_id
+        if owner is None:
+            return  # it was refused, and is in line again
         await held.settled.wait()
         if held.handover is None:
             assert owner == held.replica_id, held.request_id
@@ -87,19 +95,23 @@ class Streams:
         self._fleet.note_death(owner)
         self._suspects.note_loss(held)
 
+    def _is_refused(self, held: OpenRequest, event: SequenceEvent) -> bool:
+        """Does the replica that was to go on with it say that it cannot, though another may?"""
+        if event.error is None or not held.is_arriving:
+            return False
+        return self._goes_on_elsewhere(held, event.error.message)
+
+    def _goes_on_elsewhere(self, held: OpenRequest, reason: str) -> bool:
+        accepting = [one.replica_id for one in self._view.replicas.values() if one.accepts]
+        if not may_go_on_elsewhere(held, accepting, reason):
+            return False
+        self._requests.displace(held)
+        return True
+
     def _take(self, held: OpenRequest, event: SequenceEvent) -> SequenceEvent:
         if event.token_ids:
             if held.digests is None and not held.token_ids:
-                held.digests = _digests(self._fleet.replicas.get(held.replica_id or ""), held)
+                replica = self._fleet.replicas.get(held.replica_id or "")
+                held.digests = None if replica is None else contents_of(replica, held.request)
             self._suspects.acquit(held)
         return self._requests.take(held, event)
-
-
-def _digests(replica: Replica | None, held: OpenRequest) -> tuple[str, ...] | None:
-    """What the replica serves by the names of the request's adapters; None before it is known."""
-    if replica is None:
-        return None
-    known = replica.adapters
-    names = [name for name, _ in held.request.weighted_adapters]
-    digests = tuple(known[name].digest if name in known else "" for name in names)
-    return digests if all(digests) else None

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 
 from loraswarm.cluster.assembly import Cluster
+from loraswarm.cluster.front import ClusterClient
 from loraswarm.cluster.local_replicas import local_starter
 from loraswarm.cluster.ray_replicas import RayOptions, ray_cluster, ray_starter
 from loraswarm.cluster.replicas import StartReplica
@@ -35,7 +38,9 @@ def serve_cluster(engine: EngineConfig, server: ServerConfig, config: ClusterCon
 
 async def _serve(cluster: Cluster, server: ServerConfig, listener: socket.socket) -> int:
     try:
-        client = await cluster.open()
+        client = await _open(cluster)
+        if client is None:
+            return 128 + signal.SIGTERM
         tokenizer = Tokenizer.load(client.info.model_path)
         return await http.serve(client, tokenizer, server, listener)
     finally:
@@ -55,6 +60,22 @@ def _backend(engine: EngineConfig, config: ClusterConfig) -> Iterator[StartRepli
     )
     with ray_cluster(options):
         yield ray_starter(engine, options, report)
+
+
+async def _open(cluster: Cluster) -> ClusterClient | None:
+    """None if SIGTERM came first: then what was begun has been ended, not left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        return await cluster.open()
+    loop = asyncio.get_running_loop()
+    opening = asyncio.ensure_future(cluster.open())
+    loop.add_signal_handler(signal.SIGTERM, opening.cancel)
+    try:
+        await asyncio.wait((opening,))
+        return None if opening.cancelled() else opening.result()
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+        opening.cancel()
+        await asyncio.gather(opening, return_exceptions=True)
 
 
 def _of_one_replica(engine: EngineConfig, config: ClusterConfig) -> EngineConfig:
