@@ -56,6 +56,31 @@ async def moved_at(num_tokens, fault=None, hop_s=1.0):
         return await task, failure, starter
 
 
+async def pauses_of_a_move(with_kv):
+    """What is told of the pause of a move after three tokens."""
+    starter, seen = Starter({"hold_at": 3}), []
+    async with cluster(starter, num_replicas=2) as client:
+        client.requests.on_pause = lambda pause, seconds: seen.append((pause, seconds))
+        task = asyncio.create_task(collect(client, request(params=LONG)))
+        await until(lambda: starter.started[0].num_generated == 1)
+        await until(lambda: starter.started[0].running["x"].num_tokens == 3)
+        starter.started[1].hold_at = None
+        await client.mover.move("x", "r1", with_kv)
+        for replica in starter.started:
+            replica.go.set()
+        await task
+    return seen
+
+
+def test_the_pause_of_a_move_is_told_once_with_what_it_took():
+    (pause, seconds), *others = run_virtually(pauses_of_a_move(True))
+    assert (pause.with_kv, pause.num_tokens) == (True, len(request().prompt_token_ids) + 3)
+    assert seconds >= 0.0
+    assert others == []
+    ((pause, _),) = run_virtually(pauses_of_a_move(False))
+    assert not pause.with_kv
+
+
 def test_a_move_at_any_token_leaves_no_gap_and_repeats_nothing():
     for num_tokens in range(64):
         check_move_at(num_tokens)

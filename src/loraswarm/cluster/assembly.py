@@ -14,6 +14,7 @@ from loraswarm.cluster.migration.from_view import MigrationOptions, MigrationPla
 from loraswarm.cluster.migration.greedy import Greedy
 from loraswarm.cluster.migration.move_costs import MoveCosts
 from loraswarm.cluster.migration.problem import Move, Solver
+from loraswarm.cluster.open_requests import Pause
 from loraswarm.cluster.placement.planner import Planner, Prefetch
 from loraswarm.cluster.plausible_costs import plausible_costs
 from loraswarm.cluster.replicas import Replica, StartReplica
@@ -104,6 +105,7 @@ class Cluster:
         config = self._config
         rules = ScalingRules(min_replicas=config.least_replicas, max_replicas=config.most_replicas)
         moves = MovePlans(client.view, Greedy())
+        client.requests.on_pause = moves.saw_pause
         placement = PlacementPlans(client)
         return Duties(
             moves=moves.plan,
@@ -119,7 +121,16 @@ class MovePlans:
         options = MigrationOptions()
         self._solver = solver
         self._time_limit_s = options.time_limit_s
-        self._planner = MigrationPlanner(solver, MoveCosts(view.costs), options)
+        self._kv_token_bytes = view.costs.kv_token_bytes
+        self._move_costs = MoveCosts(view.costs)
+        self._planner = MigrationPlanner(solver, self._move_costs, options)
+
+    def saw_pause(self, pause: Pause, seconds: float) -> None:
+        """A move has cost a client so long; later ones take the way that is shorter by that."""
+        if pause.with_kv:
+            self._move_costs.saw_kv(pause.num_tokens * max(1, self._kv_token_bytes), seconds)
+        else:
+            self._move_costs.saw_prefill(pause.num_tokens, seconds)
 
     def plan(self, view: ClusterView) -> Solve[Sequence[Move]] | None:
         """See controller.PlanMoves."""

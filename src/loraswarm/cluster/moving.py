@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from loraswarm.cluster.fleet import Fleet
-from loraswarm.cluster.open_requests import Handover, OpenRequest, OpenRequests
+from loraswarm.cluster.open_requests import Handover, OpenRequest, OpenRequests, Pause
 from loraswarm.cluster.replicas import Replica
 from loraswarm.errors import LoRASwarmError
 
@@ -68,10 +68,12 @@ class Mover:
     async def _move(
         self, held: OpenRequest, source: Replica, target: Replica, with_kv: bool
     ) -> None:
-        request_id = held.request_id
+        request_id, begin_s = held.request_id, asyncio.get_running_loop().time()
         try:
             handover = await self._take_over(held, source, target, with_kv)
-            self._requests.hand_over(held, target.replica_id, handover)
+            num_tokens = len(held.request.prompt_token_ids) + handover.num_tokens
+            pause = Pause(begin_s, num_tokens, with_kv)
+            self._requests.hand_over(held, target.replica_id, handover, pause)
         except Exception as error:  # whatever it is, the source must not hold it for ever
             await self._obey(source, lambda: source.thaw(request_id))
             raise MoveFailed(f"request {request_id!r} stays where it is: {error}") from error

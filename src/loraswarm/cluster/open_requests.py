@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from loraswarm.cluster.view import ClusterView, RoutedRequest
@@ -28,6 +28,16 @@ class Handover:
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """The time without a token that a move makes for a client, from `begin_s` on: `num_tokens` have
+    their K and V brought (`with_kv`) or computed again."""
+
+    begin_s: float
+    num_tokens: int
+    with_kv: bool
+
+
 @dataclass(slots=True, eq=False)
 class OpenRequest:
     """One request on its way to a client.
@@ -37,7 +47,8 @@ class OpenRequest:
     contents of its adapters that they were computed with, None if that is not known. `num_losses`
     replicas in turn have died with it without a token in between. `settled` is clear while it is
     being moved: then nobody else decides who has it next. `is_arriving` while it goes on from a
-    snapshot without a token yet; `refused_by` are replicas that have refused to.
+    snapshot without a token yet; `refused_by` are replicas that have refused to. `pause` lasts until
+    the next token.
     """
 
     request: Request
@@ -52,6 +63,7 @@ class OpenRequest:
     num_losses: int = 0
     num_tokens_at_loss: int = 0
     handover: Handover | None = None
+    pause: Pause | None = None
     is_arriving: bool = False
     refused_by: set[str] = field(default_factory=set)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -84,7 +96,9 @@ class OpenRequests:
     """All open requests by id; keeps the view's replicas true about them."""
 
     def __init__(self, view: ClusterView, seeds: random.Random) -> None:
-        """`seeds` gives one to each request that has none."""
+        """`seeds` gives one to each request that has none. `on_pause`, which may be set later, is
+        told the seconds of each pause."""
+        self.on_pause: Callable[[Pause, float], None] = lambda pause, seconds: None
         self._view = view
         self._seeds = seeds
         self._held: dict[str, OpenRequest] = {}
@@ -146,24 +160,35 @@ class OpenRequests:
         replica = self._view.replicas.get(held.replica_id or "")
         if replica is not None and held.request_id in replica.requests:
             replica.remove(held.request_id)
-        held.replica_id = None
+        held.replica_id = held.pause = None
 
-    def hand_over(self, held: OpenRequest, replica_id: str, handover: Handover) -> None:
+    def hand_over(
+        self, held: OpenRequest, replica_id: str, handover: Handover, pause: Pause
+    ) -> None:
         """It was adopted: `replica_id` has it, and its client reads on there."""
         routed = self.routed(held)
         routed.prefill_tokens = 0
         self._give(held, routed, replica_id)
         held.handover = handover
+        if held.token_ids:  # one that has not started may wait for a seat
+            held.pause = pause
 
     def take(self, held: OpenRequest, event: SequenceEvent) -> SequenceEvent:
         """As OpenRequest.take; the owner's view counts the tokens."""
         if event.token_ids:
             held.is_arriving = False
+            self._end_pause(held)
         if event.token_ids and held.replica_id is not None:
             replica = self._view.replicas.get(held.replica_id)
             if replica is not None and held.request_id in replica.requests:
                 replica.saw_tokens(held.request_id, len(event.token_ids))
         return held.take(event)
+
+    def _end_pause(self, held: OpenRequest) -> None:
+        if held.pause is None or held.handover is not None:
+            return  # what the source had sent before comes first
+        pause, held.pause = held.pause, None
+        self.on_pause(pause, asyncio.get_running_loop().time() - pause.begin_s)
 
     def _give(self, held: OpenRequest, routed: RoutedRequest, replica_id: str) -> None:
         self.displace(held)
