@@ -47,8 +47,8 @@ class OpenRequest:
     contents of its adapters that they were computed with, None if that is not known. `num_losses`
     replicas in turn have died with it without a token in between. `settled` is clear while it is
     being moved: then nobody else decides who has it next. `is_arriving` while it goes on from a
-    snapshot without a token yet; `refused_by` are replicas that have refused to. `pause` lasts until
-    the next token.
+    snapshot without a token yet; `refused_by` are replicas that have refused to. `pause` lasts
+    until the next token.
     """
 
     request: Request
