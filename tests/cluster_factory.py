@@ -30,6 +30,7 @@ class Starter:
     options: dict[str, Any] = field(default_factory=dict)
     failures: list[Exception] = field(default_factory=list)
     start_s: float = 0.0
+    is_one_machine: bool = True
     change: Callable[[FakeReplica], None] = lambda _: None
     started: list[FakeReplica] = field(default_factory=list)
 
@@ -60,7 +61,11 @@ async def cluster(
 ) -> AsyncIterator[ClusterClient]:
     """A front over fakes, closed at the end; then nothing may be left of any request."""
     options = FrontOptions(
-        num_replicas=num_replicas, seed=0, wait_s=wait_s, fleet=FleetLimits(**limits)
+        num_replicas=num_replicas,
+        is_one_machine=starter.is_one_machine,
+        seed=0,
+        wait_s=wait_s,
+        fleet=FleetLimits(**limits),
     )
     client = ClusterClient(starter, make_router("least-loaded"), empty_view(), options)
     await client.open()

@@ -35,11 +35,31 @@ def begun(client, starter, one, num_tokens=2):
 
 
 @pytest.mark.parametrize("refusal", ["at once", "late"])
-def test_after_a_death_an_answer_goes_on_with_what_is_served_if_nobody_has_what_it_had(
+def test_on_one_machine_an_answer_whose_contents_nobody_has_ends_and_is_not_mixed(refusal):
+    async def main():
+        starter = Starter({"hold_at": 2})
+        async with cluster(starter, num_replicas=3) as client:
+            task, has_begun = begun(client, starter, request())
+            await has_begun
+            for replica in starter.started[1:]:
+                serve_other_contents(replica, refusal)
+            starter.start_s = 1000.0  # nobody comes in its place
+            starter.started[0].kill()
+            events = await task
+            assert_one_end(events, "error")
+            assert events[-1].error.http_status == 503
+            assert "send it again" in events[-1].error.message
+            assert tokens_of(events) == answer_of(request())[:2]
+
+    run_virtually(main())
+
+
+@pytest.mark.parametrize("refusal", ["at once", "late"])
+def test_on_several_an_answer_goes_on_with_what_is_served_if_nobody_has_what_it_had(
     refusal, caplog
 ):
     async def main():
-        starter = Starter({"hold_at": 2})
+        starter = Starter({"hold_at": 2}, is_one_machine=False)
         async with cluster(starter, num_replicas=3) as client:
             task, has_begun = begun(client, starter, request())
             await has_begun

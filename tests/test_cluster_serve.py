@@ -134,7 +134,7 @@ def test_answers_go_on_where_the_same_adapters_lie_in_other_files(swarm, tmp_pat
             lambda replica_id: starters[int(replica_id[1:]) % 2](replica_id),
             make_router("least-loaded"),
             empty_view(),
-            FrontOptions(num_replicas=2, seed=0),
+            FrontOptions(num_replicas=2, is_one_machine=False, seed=0),
         )
         await client.open()
         try:

@@ -84,7 +84,11 @@ class Cluster:
     async def open(self) -> ClusterClient:
         """Start the replicas and begin to decide. Raises ConfigError or EngineError."""
         view = ClusterView(self._figures or plausible_costs(NO_ENGINE), {})
-        options = FrontOptions(num_replicas=self._config.num_replicas, seed=self._seed)
+        options = FrontOptions(
+            num_replicas=self._config.num_replicas,
+            is_one_machine=self._config.ray_address is None,
+            seed=self._seed,
+        )
         client = self._client = ClusterClient(self._start, self._router, view, options)
         view.adapter_bytes = AdapterBytes(client.adapters, client.fleet.replicas)
         await client.open()

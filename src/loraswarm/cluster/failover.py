@@ -14,7 +14,7 @@ from collections.abc import Collection
 from loraswarm.cluster.open_requests import OpenRequest
 from loraswarm.core.events import SequenceEvent
 from loraswarm.core.snapshot import SequenceSnapshot
-from loraswarm.errors import EngineError
+from loraswarm.errors import EngineError, StoreError
 
 LOSSES_BEFORE_TRIAL = 2
 MOST_REFUSALS = 8
@@ -40,12 +40,17 @@ def snapshot_of(held: OpenRequest) -> SequenceSnapshot:
     )
 
 
-def may_go_on_elsewhere(held: OpenRequest, accepting: Collection[str], reason: str) -> bool:
+def may_go_on_elsewhere(
+    held: OpenRequest, accepting: Collection[str], reason: str, is_one_machine: bool
+) -> bool:
     """Its replica has refused to go on with what another has begun: is there one left to ask?
 
-    Replicas differ in what they can read, and stores stamp copies of one file differently on each
-    machine. When as many as are to be asked have refused, they are asked again to go on with what
-    they serve by those names now, rather than to break the answer off.
+    When as many as are to be asked have refused, the contents that the answer was begun with are
+    gone, if all replicas are on one machine. Stores stamp a file differently on each machine, so
+    that on several they are asked again to go on with what they serve by those names now, rather
+    than to break every answer off.
+
+    Raises   StoreError if nobody has the contents any more.
     """
     if held.replica_id is not None:
         held.refused_by.add(held.replica_id)
@@ -54,6 +59,11 @@ def may_go_on_elsewhere(held: OpenRequest, accepting: Collection[str], reason: s
         return True
     if not held.digests:
         return False
+    if is_one_machine:
+        raise StoreError(
+            "the replica that had begun this answer is gone, and no other goes on with it:"
+            f" {reason}; send it again"
+        )
     log.warning("request=%s goes on with what its adapters are now: %s", held.request_id, reason)
     held.digests = None
     held.refused_by.clear()

@@ -48,9 +48,11 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontOptions:
     """`wait_s` is how long requests wait while no replica serves; `seed` makes those without a
-    seed repeatable."""
+    seed repeatable. `is_one_machine`: all replicas read the same files of adapters, so that those
+    with another digest have other contents."""
 
     num_replicas: int = 1
+    is_one_machine: bool = True
     seed: int | None = None
     wait_s: float = 60.0
     fleet: FleetLimits = field(default_factory=FleetLimits)
@@ -73,7 +75,7 @@ class ClusterClient:
         self._administration = Administration(self.fleet.replicas)
         self._adapters = MergedAdapters(self.fleet.replicas)
         admission = Admission(self.fleet, self.requests, view, self._choose, options.wait_s)
-        self._streams = Streams(self.fleet, self.requests, admission, view)
+        self._streams = Streams(self.fleet, self.requests, admission, view, options.is_one_machine)
         self._last_stats: dict[str, EngineStats] = {}
         self._past = NOTHING
         self._info: EngineInfo | None = None

@@ -25,8 +25,15 @@ class Streams:
     """Runs open requests to their ends."""
 
     def __init__(
-        self, fleet: Fleet, requests: OpenRequests, admission: Admission, view: ClusterView
+        self,
+        fleet: Fleet,
+        requests: OpenRequests,
+        admission: Admission,
+        view: ClusterView,
+        is_one_machine: bool,
     ) -> None:
+        """`is_one_machine`: all replicas read the same files, see `may_go_on_elsewhere`."""
+        self._is_one_machine = is_one_machine
         self._fleet = fleet
         self._requests = requests
         self._view = view
@@ -103,7 +110,7 @@ class Streams:
 
     def _goes_on_elsewhere(self, held: OpenRequest, reason: str) -> bool:
         accepting = [one.replica_id for one in self._view.replicas.values() if one.accepts]
-        if not may_go_on_elsewhere(held, accepting, reason):
+        if not may_go_on_elsewhere(held, accepting, reason, self._is_one_machine):
             return False
         self._requests.displace(held)
         return True
