@@ -3,6 +3,7 @@ test has just written are taken as complete. No test sees a CUDA device, and Tri
 interpreted, unless LORASWARM_TEST_DEVICE is cuda."""
 
 import os
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -24,6 +25,12 @@ SLICES = 16
 """Of the cases of a test that interprets Triton's kernels one in so many is run."""
 MAX_PRODUCT = 10
 """A test of three parameters or more has at most so many cases in full."""
+WHOLE_SUITE = 2000
+COMPILE = (
+    "import sys\nfrom loraswarm.kernels import cpu\n"
+    "for dtype in sys.argv[1:]:\n    cpu.warm_up(dtype, lambda line: None)\n"
+)
+compiling = []
 
 
 def pytest_collection_modifyitems(config, items):
@@ -48,6 +55,21 @@ def pytest_collection_modifyitems(config, items):
     if left:
         config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = [item for item in items if item not in left]
+
+
+def pytest_collection_finish(session):
+    """Where all tests are run, let a process compile kernels that later ones need beside the first:
+    half a minute for each dtype, where they are not in the cache."""
+    if len(session.items) < WHOLE_SUITE or session.config.option.collectonly:
+        return
+    command = (sys.executable, "-c", COMPILE, "bfloat16", "float16")
+    compiling.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+
+
+def pytest_sessionfinish():
+    for process in compiling:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(autouse=True, scope="session")
