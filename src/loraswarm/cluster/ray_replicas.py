@@ -61,6 +61,7 @@ def ray_cluster(options: RayOptions) -> Iterator[None]:
         "address": "local",
         "num_cpus": os.cpu_count() or 1,
         "include_dashboard": False,
+        "_node_ip_address": "127.0.0.1",
         "_temp_dir": directory,
     }
     try:
