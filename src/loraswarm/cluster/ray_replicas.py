@@ -239,7 +239,7 @@ class RayProcess:
 
     async def _send_all(self) -> None:
         """What has gathered during one call goes with the next, in order."""
-        with contextlib.suppress(Exception):  # the actor's death, which `_poll` sees too
+        try:
             while True:
                 commands = [await self._outgoing.get()]
                 while not self._outgoing.empty():
@@ -249,6 +249,9 @@ class RayProcess:
                     refs |= self._kept.take(command)
                 # Within a list Ray does not fetch what a reference stands for.
                 await self._actor.send.remote(commands, [refs])
+        except Exception as error:
+            log.warning("nothing more can be sent to a replica's actor: %s", type(error).__name__)
+            self._end(DIED)
 
     async def _poll(self) -> None:
         """Replies as they come, all at once that have; then the process's end."""

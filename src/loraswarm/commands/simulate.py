@@ -5,17 +5,14 @@ Reads the files that the options name and hands them on; simulates nothing itsel
 
 from __future__ import annotations
 
-import dataclasses
-import json as jsonlib
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraswarm.adapters.printable import one_line
 from loraswarm.bench.table import aligned
-from loraswarm.bench.traces import read_adapters, read_arrivals_s, read_tokens
-from loraswarm.commands.bench_outputs import check_outputs, write_each
+from loraswarm.commands.bench_outputs import check_outputs
+from loraswarm.commands.simulation_files import read_trace, report, write_results
 from loraswarm.core.cost_model import CostFigures
 from loraswarm.errors import ConfigError
 from loraswarm.simulate.compare import POLICIES, Figures, check_policies, compare
@@ -75,9 +72,9 @@ def merging(options: SimulateOptions) -> None:
     options.check()
     figures = read_figures(options.cost_model)
     traces = [_trace(name, figures, options) for name in options.traces or NAMES]
-    found = compare(traces, Machine(figures), options.policy_names(), _report)
+    found = compare(traces, Machine(figures), options.policy_names(), report)
     try:
-        _write(options, found)
+        write_results(options, found, "loraswarm-simulation", lambda path: plot(found, path))
     finally:
         print(table(found), flush=True)
 
@@ -110,32 +107,5 @@ def _trace(name: str, figures: CostFigures, options: SimulateOptions) -> Trace:
     if name in NAMES or not Path(name).suffix:
         return make_trace(name, figures, options.requests, options.seed)
     path = Path(name)
-    columns = (
-        read_arrivals_s(path).values,
-        read_adapters(path).values,
-        read_tokens(path, "prompt_tokens").values,
-        read_tokens(path, "output_tokens").values,
-    )
-    requests = [TraceRequest(*row) for row in zip(*columns, strict=True)]
+    requests = [TraceRequest(*row) for row in zip(*read_trace(path), strict=True)]
     return Trace.of(path.name, requests)
-
-
-def _write(options: SimulateOptions, found: Sequence[Figures]) -> None:
-    writers: list[tuple[str, str | None, Callable[[str], None]]] = [
-        ("--json", options.json, lambda path: _write_json(options, found, path)),
-        ("--plot", options.plot, lambda path: plot(found, path)),
-    ]
-    write_each((name, path, write) for name, path, write in writers if path is not None)
-
-
-def _write_json(options: SimulateOptions, found: Sequence[Figures], path: str) -> None:
-    document = {
-        "format": "loraswarm-simulation",
-        "options": dataclasses.asdict(options),
-        "runs": [dataclasses.asdict(one) for one in found],
-    }
-    Path(path).write_text(jsonlib.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

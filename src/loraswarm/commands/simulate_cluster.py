@@ -5,19 +5,16 @@ Reads the files that the options name and hands them on; simulates nothing itsel
 
 from __future__ import annotations
 
-import dataclasses
-import json as jsonlib
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from loraswarm.adapters.printable import one_line
 from loraswarm.bench.table import aligned
-from loraswarm.bench.traces import read_adapters, read_arrivals_s, read_tokens
 from loraswarm.cluster.view import ReplicaLimits
-from loraswarm.commands.bench_outputs import check_outputs, write_each
+from loraswarm.commands.bench_outputs import check_outputs
 from loraswarm.commands.options import parse_bytes
+from loraswarm.commands.simulation_files import read_trace, report, write_results
 from loraswarm.core.cost_model import CostFigures, TransferCosts
 from loraswarm.errors import ConfigError
 from loraswarm.simulate.cluster.cluster import Setup
@@ -139,9 +136,11 @@ def cluster(options: ClusterOptions) -> None:
     figures = read_figures(options.cost_model)
     setup = options.setup(figures)
     traces = [_trace(name, setup, options) for name in options.traces or DEFAULT_TRACES]
-    found = compare(traces, setup, options.chosen(), options.seed, _report)
+    found = compare(traces, setup, options.chosen(), options.seed, report)
     try:
-        _write(options, found)
+        write_results(
+            options, found, "loraswarm-cluster-simulation", lambda path: plot(found, path)
+        )
     finally:
         print(table(found), flush=True)
 
@@ -190,34 +189,7 @@ def _trace(name: str, setup: Setup, options: ClusterOptions) -> ClusterTrace:
         share = share or DEFAULT_UTILIZATION
     else:
         path = Path(name)
-        columns = (
-            read_arrivals_s(path).values,
-            read_adapters(path).values,
-            read_tokens(path, "prompt_tokens").values,
-            read_tokens(path, "output_tokens").values,
-        )
-        trace = of_columns(path.name, columns, machine, options.seed)
+        trace = of_columns(path.name, read_trace(path), machine, options.seed)
     if share is None:
         return trace
     return scaled(trace, setup.costs, setup.num_replicas, share, setup.limits.max_step_tokens)
-
-
-def _write(options: ClusterOptions, found: Sequence[Figures]) -> None:
-    writers: list[tuple[str, str | None, Callable[[str], None]]] = [
-        ("--json", options.json, lambda path: _write_json(options, found, path)),
-        ("--plot", options.plot, lambda path: plot(found, path)),
-    ]
-    write_each((name, path, write) for name, path, write in writers if path is not None)
-
-
-def _write_json(options: ClusterOptions, found: Sequence[Figures], path: str) -> None:
-    document = {
-        "format": "loraswarm-cluster-simulation",
-        "options": dataclasses.asdict(options),
-        "runs": [dataclasses.asdict(one) for one in found],
-    }
-    Path(path).write_text(jsonlib.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

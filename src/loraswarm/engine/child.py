@@ -14,14 +14,13 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import zmq
 
 from loraswarm.core.events import ErrorInfo, SequenceEvent
-from loraswarm.core.request import Request
-from loraswarm.core.snapshot import SequenceSnapshot
 from loraswarm.engine.engine import Engine
 from loraswarm.engine.messages import (
     Abort,
@@ -115,6 +114,8 @@ class ChildEngine:
             self._poller.register(number, zmq.POLLIN)
         while True:
             timeout_s = _idle_s(engine)
+            if report := engine.reports.take(is_idle=timeout_s != 0.0):
+                self._send(Reported(report))
             while command := self._receive(timeout_s):
                 self._handle(engine, command)
                 timeout_s = 0.0
@@ -124,13 +125,12 @@ class ChildEngine:
                 self._send_catalog(engine)
                 self._send(AnswerReply.of(answer.command_id, answer.result))
             self._send_catalog(engine)
-            if report := engine.reports.take(is_idle=_idle_s(engine) != 0.0):
-                self._send(Reported(report))
 
     def _handle(self, engine: Engine, command: Command) -> None:
         if isinstance(command, Submit):
-            if rejection := _try_add(engine, command.request):
-                self._send(Events([rejection]))
+            request = command.request
+            if refusal := _refusal(request.request_id, lambda: engine.add(request)):
+                self._send(Events([refusal]))
         elif isinstance(command, Abort):
             if ended := engine.abort(command.request_id):
                 self._send(Events([ended]))
@@ -164,7 +164,10 @@ class ChildEngine:
             is_gone = engine.release(command.request_id)
             self._send(Unfrozen(command.request_id, is_gone, is_gone))
         elif isinstance(command, Adopt):
-            self._send(Events([_adopt(engine, command.snapshot)]))
+            snapshot = command.snapshot
+            refusal = _refusal(snapshot.request_id, lambda: engine.adopt(snapshot))
+            # An event of nothing says that it is queued.
+            self._send(Events([refusal or SequenceEvent(request_id=snapshot.request_id)]))
 
     def _receive(self, timeout_s: float | None) -> Command | None:
         """The next command; None if none came in so many seconds, or there is news."""
@@ -192,26 +195,15 @@ def _idle_s(engine: Engine) -> float | None:
     return None if due_s is None else max(0.0, due_s - time.monotonic())
 
 
-def _try_add(engine: Engine, request: Request) -> SequenceEvent | None:
-    """Queue the request; its terminal event if it is refused."""
+def _refusal(request_id: str, begin: Callable[[], None]) -> SequenceEvent | None:
+    """Queue the request by `begin`; its terminal event if it is refused."""
     try:
-        engine.add(request)
+        begin()
     except LoRASwarmError as error:
         return SequenceEvent(
-            request_id=request.request_id, finish_reason="error", error=ErrorInfo.of(error)
+            request_id=request_id, finish_reason="error", error=ErrorInfo.of(error)
         )
     return None
-
-
-def _adopt(engine: Engine, snapshot: SequenceSnapshot) -> SequenceEvent:
-    """Queue what another engine has begun; the event that says so, or its terminal one."""
-    try:
-        engine.adopt(snapshot)
-    except LoRASwarmError as error:
-        return SequenceEvent(
-            request_id=snapshot.request_id, finish_reason="error", error=ErrorInfo.of(error)
-        )
-    return SequenceEvent(request_id=snapshot.request_id)
 
 
 def main() -> None:
