@@ -37,6 +37,7 @@ QUICK = (
         "churn",
     ),
     *("tiers", "merging", "merging_auto", "merging_memory", "merging_options", "merging_switches"),
+    *("engine_migration", "engine_migration_states", "engine_migration_steps", "engine_reports"),
 )
 """Of other tests than those of Triton's kernels, these run on a device too."""
 NEEDED = ("torch", "triton", "pytest")
